@@ -1,0 +1,277 @@
+"""Every knob of a run: typed dataclasses with units, defaults and checks that need no torch.
+
+Hydra composes YAML into these classes (``OmegaConf.structured``); ``validate`` then checks what types alone
+cannot. What needs files or the model's own configuration (layers, vocabulary, heads) is checked by ``preflight.py``,
+still before any process is started. Enum members are lower case because OmegaConf matches them by name.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class AttentionKind(Enum):
+    """What a layer attends to: every earlier token, or the blocks its gate chooses."""
+
+    full = "full"
+    moba = "moba"
+
+
+class Precision(Enum):
+    """Arithmetic of the model's forward and backward pass; optimizer state is fp32 in both."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class SourceFormat(Enum):
+    """How the documents of a source are stored. ``hub`` is a dataset name on the Hugging Face hub."""
+
+    text = "text"
+    jsonl = "jsonl"
+    parquet = "parquet"
+    arrow = "arrow"
+    hub = "hub"
+
+
+class Resume(Enum):
+    """``never``: the run directory must be new. ``auto``: go on from the newest checkpoint, or start if none.
+    ``must``: go on, and fail if there is nothing to go on from."""
+
+    never = "never"
+    auto = "auto"
+    must = "must"
+
+
+class WandbMode(Enum):
+    """``auto`` is online where WANDB_API_KEY is set and offline elsewhere."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+class Device(Enum):
+    """``auto`` takes CUDA where torch sees one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives. ``dir/name`` is its directory; a given name is stable, so that ``resume`` can find it."""
+
+    name: str | None = None  # None: the recipe's name and the time of the start
+    dir: str = "runs"
+    seed: int = 0  # model initialisation, dropout, row order
+    resume: Resume = Resume.never
+    label: str = "run"  # the recipe's name: titles, legends and default run names
+
+
+@dataclass
+class ModelConfig:
+    """A Hugging Face causal LM: a folder or hub name to load, or a configuration to start from at random."""
+
+    name: str = "model"
+    path: str | None = None  # folder or hub name; None builds `architecture` with random weights
+    gguf_file: str | None = None  # a GGUF file inside `path`
+    architecture: dict[str, Any] = field(default_factory=dict)  # HF config keywords, `model_type` among them
+    tokenizer: str | None = None  # tokenizer.json, or a folder or hub name; None: `path`'s own
+
+
+@dataclass
+class AttentionConfig:
+    """The attention plan every stage starts from; a stage may override each field."""
+
+    kind: AttentionKind = AttentionKind.moba
+    block_size: int = 512  # tokens
+    top_k: int = 3  # blocks a query reads, its own included
+    full_layers: int = 0  # the last N layers use full attention
+    backend: str = "auto"
+
+
+@dataclass
+class SourceConfig:
+    """One source of documents. ``path`` is a file, folder or glob, or the dataset's name for ``hub``."""
+
+    name: str = "source"
+    format: SourceFormat = SourceFormat.text
+    path: str = ""
+    subset: str | None = None  # a hub dataset's configuration name
+    split: str = "train"  # a hub dataset's split
+    text_field: str = "text"
+    encoding: str = "utf-8"  # of text files
+
+
+@dataclass
+class DataConfig:
+    """Documents to train on and to hold out, and the token store they become."""
+
+    name: str = "data"
+    train: list[SourceConfig] = field(default_factory=list)
+    heldout: list[SourceConfig] = field(default_factory=list)  # whole documents never trained on
+    heldout_fraction: float = 0.0  # of the train documents, taken where `heldout` is empty
+    store_dir: str = "data/store"  # one sub-folder a (sources, tokenizer) pair
+    append_eos: bool = True  # the tokenizer's end-of-text token after every document
+    workers: int = 0  # tokenising processes; 0: one a core
+    min_document_tokens: int = 1  # shorter documents are dropped and counted
+
+
+@dataclass
+class RopeConfig:
+    """Rotary embedding of a stage, in transformers' own words. Unset fields keep the model's value."""
+
+    rope_type: str | None = None  # default | linear | dynamic | yarn | llama3 …
+    rope_theta: float | None = None
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)  # any further key of rope_parameters
+
+
+@dataclass
+class StageAttentionConfig:
+    """A stage's attention plan; unset fields come from ``attention``."""
+
+    kind: AttentionKind | None = None
+    block_size: int | None = None
+    top_k: int | None = None
+    full_layers: int | None = None
+
+
+@dataclass
+class StageLearningRateConfig:
+    """A stage's own learning-rate phase, in place of the run's: linear from ``start`` to ``end`` (times the peak)."""
+
+    start: float = 1.0
+    end: float = 1.0
+
+
+@dataclass
+class StageConfig:
+    """A span of training at one context length and attention plan. Its size is ``tokens`` or ``share``, not both."""
+
+    name: str = "stage"
+    tokens: int | None = None
+    share: float | None = None  # of schedule.tokens
+    context_length: int = 2048
+    attention: StageAttentionConfig = field(default_factory=StageAttentionConfig)
+    rope: RopeConfig | None = None
+    learning_rate: StageLearningRateConfig | None = None
+
+
+class DecayShape(Enum):
+    """How the learning rate falls in its last phase."""
+
+    linear = "linear"
+    cosine = "cosine"
+
+
+@dataclass
+class LearningRateConfig:
+    """Warm-up, stable, decay over the whole run; each share is of the run's tokens."""
+
+    peak: float = 3e-4
+    warmup_share: float = 0.05
+    decay_share: float = 0.3
+    final_ratio: float = 0.1  # learning rate at the end, over the peak
+    shape: DecayShape = DecayShape.linear
+
+
+@dataclass
+class ScheduleConfig:
+    """What happens as tokens are seen."""
+
+    tokens: int | None = None  # the run's length; needed where a stage gives a share
+    stages: list[StageConfig] = field(default_factory=list)
+    learning_rate: LearningRateConfig = field(default_factory=LearningRateConfig)
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW (torch.optim.AdamW). Norms, biases and embeddings are not decayed."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+
+@dataclass
+class TrainConfig:
+    """One optimizer step and how it is computed."""
+
+    tokens_per_step: int = 16384  # over all ranks; accumulation follows from it
+    micro_batch_tokens: int | None = None  # a rank's tokens in one pass; None: one row of the context length
+    precision: Precision = Precision.fp32
+    zero_stage: int = 0
+    gradient_clipping: float = 1.0  # global norm; 0: off
+    activation_checkpointing: bool = False
+    loss_tile_tokens: int = 2048  # tokens whose logits exist at one time
+    log_every: int = 1  # steps
+
+
+@dataclass
+class PositionLossConfig:
+    """Loss by position of the target in its segment."""
+
+    bin_size: int = 2048  # tokens; the trailing loss is the last bin of a full context
+    log_every: int = 10  # steps between full curves in the log; the trailing loss is logged at every one
+
+
+@dataclass
+class EvaluateConfig:
+    """The fixed held-out set, read at the longest context of the schedule."""
+
+    rows: int = 8  # rows of one full context each
+    every_steps: int = 0  # 0: only at the start, at each stage's end and at the end
+    at_start: bool = True
+
+
+@dataclass
+class CheckpointConfig:
+    """Saves under ``<run>/checkpoints``. The newest ``keep`` are kept."""
+
+    every_steps: int = 100  # 0: only at the end
+    keep: int = 2
+    export: bool = True  # write the final model as a Hugging Face folder, <run>/model
+
+
+@dataclass
+class WandbConfig:
+    mode: WandbMode = WandbMode.auto
+    project: str = "moba_train"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class LaunchConfig:
+    """The processes of a run on this machine."""
+
+    processes: int = 1
+    device: Device = Device.auto
+    threads: int = 0  # CPU threads a process; 0: the cores shared out
+    port: int = 0  # of the rendezvous; 0: any free one
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    position_loss: PositionLossConfig = field(default_factory=PositionLossConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
