@@ -1,0 +1,70 @@
+"""The implementations of attention by name, and why one refuses a case.
+
+Every backend is a function ``(query, key, value, cu_seqlens, max_seqlen, spec, scale) -> out`` with the shapes of
+``reference``. A new one is an entry here: the shared tests then cover it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from torch import Tensor
+
+from moba_train.attention.reference import reference
+from moba_train.attention.spec import AttentionSpec
+
+log = logging.getLogger(__name__)
+
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor, int, AttentionSpec, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation, and a function that says why it cannot serve (query, key, spec): None if it can."""
+
+    function: AttentionFunction
+    refuses: Callable[[Tensor, Tensor, AttentionSpec], str | None]
+
+
+BACKENDS: dict[str, Backend] = {  # in the order in which `auto` tries them
+    "reference": Backend(reference, lambda query, key, spec: None),
+}
+
+
+def resolve(name: str, query: Tensor, key: Tensor, spec: AttentionSpec) -> AttentionFunction:
+    """The function that computes ``spec`` for tensors like ``query`` and ``key``.
+
+    Args:
+        name: a key of ``BACKENDS``, or ``auto`` for the first that does not refuse. ``auto`` logs what it took and why
+            the ones before it refused, once for each distinct answer.
+        query: (T, H, D); its device, type and shape decide, its values are not read.
+        key: (T, K, D).
+        spec: what to attend to.
+
+    Raises:
+        ValueError: an unknown name, or the named backend's reason to refuse. It never falls back silently.
+    """
+    if name == "auto":
+        refusals: list[str] = []
+        for candidate, backend in BACKENDS.items():
+            reason = backend.refuses(query, key, spec)
+            if reason is None:
+                _log_choice(candidate, spec.kind, tuple(refusals))
+                return backend.function
+            refusals.append(f"{candidate}: {reason}")
+        raise AssertionError("reference refuses nothing")
+    if name not in BACKENDS:
+        raise ValueError(f"backend: unknown {name!r}; choose from auto, {', '.join(BACKENDS)}")
+    reason = BACKENDS[name].refuses(query, key, spec)
+    if reason is not None:
+        raise ValueError(f"backend {name} cannot run here: {reason}; choose another, or auto")
+    return BACKENDS[name].function
+
+
+@cache
+def _log_choice(name: str, kind: str, refusals: tuple[str, ...]) -> None:
+    because = f" ({'; '.join(refusals)})" if refusals else ""
+    log.info("attention %s: backend %s%s", kind, name, because)
