@@ -1,0 +1,1 @@
+"""Documents → token store → packed rows → this rank's batches."""

@@ -1,0 +1,117 @@
+"""Load a tokenizer from a file, a folder or the hub; train a small one. Everything rests on ``tokenizers``."""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+END_OF_TEXT = "<|endoftext|>"
+# How known tokenizers call the token between documents, for a tokenizer.json that comes without its configuration.
+END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
+# Texts whose parts, cut before the space between two letters, must encode to the tokens of the whole.
+CUT_PROBES = ("a word", "two\n\nlines", "It's", "7 of x", "été", "{ tab\tx", "end.\r\nThen")
+
+
+class Tokenizer:
+    """Text to token ids, without special tokens added or parsed: a document that holds the characters of
+    ``<|endoftext|>`` cannot end itself.
+
+    ``sha256`` is of the tokenizer's own JSON, so that a file, its compressed copy and a folder with it agree.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, eos_id: int, path: str) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = True
+        self.backend = backend
+        self.eos_id = eos_id
+        self.path = path
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.sha256 = hashlib.sha256(backend.to_str().encode()).hexdigest()
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """One uint32 array of ids a text."""
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def cuts_between_words(self) -> bool:
+        """Whether a text may be encoded in parts, cut before the space between two letters. Byte-level BPE allows
+        it: its pre-tokenizer splits there. SentencePiece-like models do not (they mark the start of a text)."""
+        return all(
+            np.array_equal(np.concatenate(self.encode_batch([left, right])), self.encode_batch([left + right])[0])
+            for left in CUT_PROBES
+            for right in (" then", " A\n", " été", " I'm 7.")
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write the files that ``transformers.AutoTokenizer`` loads."""
+        from transformers import PreTrainedTokenizerFast
+
+        name = self.backend.id_to_token(self.eos_id)
+        PreTrainedTokenizerFast(tokenizer_object=self.backend, eos_token=name, pad_token=name).save_pretrained(folder)
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """``path``: a ``tokenizer.json`` (or ``.json.xz``), a Hugging Face folder, or a name on the hub."""
+    file = Path(path)
+    if file.is_file():
+        return _from_file(file)
+    if not file.is_dir() and (file.suffix in {".json", ".xz"} or file.is_absolute() or path.startswith(".")):
+        raise ValueError(f"tokenizer {path!r} does not exist; name a tokenizer.json, a folder that has one, or a hub name")
+    return _from_transformers(path)
+
+
+def _from_file(file: Path) -> Tokenizer:
+    try:
+        content = lzma.decompress(file.read_bytes()) if file.suffix == ".xz" else file.read_bytes()
+        backend = tokenizers.Tokenizer.from_buffer(content)
+    except (lzma.LZMAError, ValueError) as error:
+        raise ValueError(f"tokenizer {str(file)!r} is not a tokenizers JSON file: {error}") from error
+    ids = [backend.token_to_id(name) for name in END_NAMES]
+    known = [i for i in ids if i is not None]
+    if not known:
+        raise ValueError(
+            f"tokenizer {str(file)!r} has none of {', '.join(END_NAMES)} to end a document with; "
+            "name its folder, whose tokenizer_config.json says eos_token"
+        )
+    return Tokenizer(backend, known[0], str(file))
+
+
+def _from_transformers(path: str) -> Tokenizer:
+    from transformers import AutoTokenizer  # seconds to import; a tokenizer.json needs none of it
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"tokenizer {path!r} cannot be loaded as a folder or hub name: {first}") from error
+    if not getattr(loaded, "is_fast", False):
+        raise ValueError(f"tokenizer {path!r} has no tokenizer.json; convert it to a fast tokenizer first")
+    if loaded.eos_token_id is None:
+        raise ValueError(f"tokenizer {path!r} names no eos_token; set it in its tokenizer_config.json")
+    return Tokenizer(loaded.backend_tokenizer, loaded.eos_token_id, path)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of ``vocab_size`` entries, ``<|endoftext|>`` (id 0) and the 256 bytes among them."""
+    if vocab_size < 257:
+        raise ValueError(f"vocab_size is {vocab_size}; a byte-level vocabulary needs at least 257 entries")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, backend.token_to_id(END_OF_TEXT), "trained")
