@@ -1,0 +1,194 @@
+"""Save and restore everything a step needs, so that a resumed run equals an uninterrupted one.
+
+The protocol: all ranks write into ``.step_N.partial``; rank 0 then writes ``manifest.json`` with every file's size and
+SHA-256, flushes all to disk and renames the folder to ``step_N``. A folder with that name is therefore whole, and the
+newest one that verifies is the one to go on from; there is no pointer file to be wrong.
+
+    step_00000100/
+      engine/…          DeepSpeed's own files: parameters, optimizer state
+      rank_00000.json   a rank's random-number generators
+      state.json        step, tokens, stage, RoPE, data position
+      manifest.json     size and SHA-256 of each of these
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moba_train.runtime import Runtime, log
+
+_NAME = re.compile(r"step_(\d{8,})")
+_TAG = "engine"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file."""
+
+
+def save(folder: Path, engine, state: dict[str, Any], keep: int, runtime: Runtime) -> Path:
+    """Commit a checkpoint of step ``state["step"]`` under ``folder`` and prune to the newest ``keep``. All ranks call it."""
+    name = f"step_{state['step']:08d}"
+    partial, final = folder / f".{name}.partial", folder / name
+    if final.exists():
+        return final
+    if runtime.is_main:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    dist.barrier()
+    engine.save_checkpoint(str(partial), tag=_TAG, save_latest=False)
+    _write_json(partial / f"rank_{runtime.rank:05d}.json", _random_state())
+    dist.barrier()
+    if runtime.is_main:
+        _write_json(partial / "state.json", state)
+        _write_json(partial / "manifest.json", _manifest(partial))
+        _flush_tree(partial)
+        os.rename(partial, final)
+        _flush(folder)
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Committed checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint whose files all match its manifest; damaged ones are named in the log and passed over.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none of them is whole.
+    """
+    candidates = list_checkpoints(folder)
+    for path in reversed(candidates):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            log.warning("checkpoint passed over: %s", error)
+        else:
+            return path
+    if candidates:
+        raise CheckpointError(f"none of the {len(candidates)} checkpoints in {folder} is whole: start anew in another run.name")
+    return None
+
+
+def verify(path: Path) -> None:
+    """Compare every file with the manifest.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, cut short or changed.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / 'manifest.json'} cannot be read ({error})") from None
+    for name, entry in manifest.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        if file.stat().st_size != entry["bytes"]:
+            raise CheckpointError(f"{file} has {file.stat().st_size} bytes and its manifest says {entry['bytes']}")
+        if _sha256(file) != entry["sha256"]:
+            raise CheckpointError(f"{file} does not match its SHA-256: it was changed after it was saved")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    return json.loads((path / "state.json").read_text())
+
+
+def load(path: Path, engine, runtime: Runtime) -> dict[str, Any]:
+    """Restore engine and random-number generators from a checkpoint that ``verify`` passed; all ranks call it.
+
+    Returns:
+        What ``save`` was given as ``state``.
+
+    Raises:
+        CheckpointError: it was made by another number of processes.
+    """
+    ranks = len(list(path.glob("rank_*.json")))
+    if ranks != runtime.world_size:
+        raise CheckpointError(
+            f"{path} was saved by {ranks} processes and this run has {runtime.world_size}: set launch.processes={ranks}"
+        )
+    loaded, _ = engine.load_checkpoint(str(path), tag=_TAG)
+    if loaded is None:
+        raise CheckpointError(f"{path / _TAG} holds nothing that DeepSpeed can load")
+    _restore_random_state(json.loads((path / f"rank_{runtime.rank:05d}.json").read_text()))
+    return read_state(path)
+
+
+def _random_state() -> dict[str, Any]:
+    numpy_state = np.random.get_state(legacy=False)
+    assert isinstance(numpy_state, dict)
+    version, internal, gauss = random.getstate()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": json.loads(json.dumps(numpy_state, default=lambda array: array.tolist())),
+        "torch": _encode(torch.get_rng_state()),
+        "cuda": _encode(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
+    }
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    numpy_state = state["numpy"]
+    numpy_state["state"]["key"] = np.asarray(numpy_state["state"]["key"], dtype=np.uint32)
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(_decode(state["torch"]))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_decode(state["cuda"]))
+
+
+def _encode(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _decode(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files
+    }
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value))
+
+
+def _flush_tree(folder: Path) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

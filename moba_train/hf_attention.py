@@ -1,0 +1,154 @@
+"""MoBA inside Hugging Face models: the only file that knows transformers' attention signature.
+
+``register()`` adds the name ``moba`` to transformers' attention and mask interfaces, so that any Llama-shaped causal
+LM loads with ``attn_implementation="moba"``; ``set_plan`` gives each layer its attention. The model's library code is
+left alone. A mask that this attention cannot honour is refused, never dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from moba_train.attention import backends
+from moba_train.attention.spec import AttentionSpec
+
+NAME = "moba"
+
+# What other models pass along with their scores or masks and this attention does not compute.
+_UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask")
+
+
+def register() -> None:
+    """Add the name ``moba`` to transformers. Calling it again changes nothing."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, refuse_masks)
+
+
+def set_plan(model: PreTrainedModel, plan: Sequence[AttentionSpec], backend: str = "auto") -> None:
+    """Give layer ``i`` the attention ``plan[i]``. Takes effect at the next forward pass.
+
+    Raises:
+        ValueError: the plan's length is not the model's number of layers, or the backend is unknown.
+    """
+    layers = model.config.num_hidden_layers
+    if len(plan) != layers:
+        raise ValueError(f"plan has {len(plan)} entries for {layers} layers: give one AttentionSpec a layer")
+    if backend != "auto" and backend not in backends.BACKENDS:
+        raise ValueError(f"attention.backend={backend} is unknown: choose from auto, {', '.join(backends.BACKENDS)}")
+    for module in model.modules():
+        layer = getattr(module, "layer_idx", None)
+        if isinstance(layer, int):
+            module.attention_spec = plan[layer]  # type: ignore[assignment]
+            module.attention_backend = backend  # type: ignore[assignment]
+
+
+def attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    position_ids: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer, as transformers calls it.
+
+    Args:
+        query: (batch, heads, length, head_dim); key and value: (batch, kv_heads, length, head_dim).
+        attention_mask: must be None, which is what the registered mask function gives.
+        cu_seq_lens_q, max_length_q: segment bounds over the flattened batch x length tokens, (segments + 1,) int32,
+            and a bound on segment length: transformers' own packing keywords. Without them the bounds come from
+            ``position_ids`` (a segment starts where they do not go up by one); with neither, one segment a row.
+
+    Returns:
+        output (batch, length, heads, head_dim), and None in the place of attention weights.
+
+    Raises:
+        ValueError: no plan was set, or a mask, dropout, cache or score change that this attention cannot honour.
+    """
+    spec = getattr(module, "attention_spec", None)
+    if spec is None:
+        raise ValueError("this model has no attention plan: call moba_train.hf_attention.set_plan(model, plan) first")
+    _refuse_unsupported(query, key, attention_mask, dropout, kwargs)
+    batch, heads, length, head_dim = query.shape
+    if cu_seq_lens_q is None:
+        cu_seq_lens_q = segment_bounds(position_ids, batch, length, query.device)
+        max_length_q = length
+    assert max_length_q is not None, "cu_seq_lens_q comes with max_length_q"
+    q, k, v = (x.transpose(1, 2).reshape(batch * length, x.shape[1], head_dim) for x in (query, key, value))
+    scale = head_dim**-0.5 if scaling is None else scaling
+    attend = backends.resolve(module.attention_backend, q, k, spec)  # type: ignore[arg-type]
+    output = attend(q, k, v, cu_seq_lens_q, max_length_q, spec, scale)
+    return output.view(batch, length, heads, head_dim), None
+
+
+def segment_bounds(
+    position_ids: torch.Tensor | None, batch: int, length: int, device: torch.device
+) -> torch.Tensor:
+    """Bounds of the segments that ``position_ids`` (batch or 1, length) describe, (segments + 1,) int32.
+
+    For callers who pack by positions alone. It reads data back from the device, once a layer: the training loop
+    makes its bounds on the host instead, once a step.
+    """
+    if position_ids is None:
+        return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
+    starts = torch.ones(batch, length, dtype=torch.bool, device=device)
+    starts[:, 1:] = (position_ids[:, 1:] != position_ids[:, :-1] + 1).expand(batch, -1)
+    bounds = starts.flatten().nonzero().flatten()
+    return torch.cat([bounds, bounds.new_tensor([batch * length])]).to(torch.int32)
+
+
+def refuse_masks(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    attention_mask: torch.Tensor | None = None,
+    config: Any = None,
+    **kwargs: Any,
+) -> None:
+    """The mask function of this attention: there is none to build, and what would need one raises.
+
+    Padding has no mask here: it is a segment of its own in ``cu_seq_lens_q``, or restarts ``position_ids``.
+    """
+    if q_length != kv_length:
+        raise ValueError(_cache_message(q_length, kv_length))
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ValueError(
+            "attention_mask has zeros, which the moba attention cannot honour: leave the mask out and make padding "
+            "a segment of its own (position_ids that restart, or cu_seq_lens_q)"
+        )
+    if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+        raise ValueError(
+            f"sliding_window={config.sliding_window} of {config.model_type} is not part of moba or full attention: "
+            f"set model.config.sliding_window = None if the model is to read its whole context"
+        )
+
+
+def _refuse_unsupported(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, dropout: float, kwargs: dict[str, Any]
+) -> None:
+    if mask is not None:
+        raise ValueError(f"attention_mask of shape {tuple(mask.shape)} cannot be honoured by the moba attention: pass None")
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(_cache_message(query.shape[2], key.shape[2]))
+    if dropout:
+        raise ValueError(f"attention_dropout={dropout} is not part of the moba attention: set it to 0 in the configuration")
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name}={kwargs[name]!r} is not part of the moba attention: use a model without it")
+
+
+def _cache_message(q_length: int, kv_length: int) -> str:
+    return (
+        f"{q_length} queries against {kv_length} keys: the moba attention trains and reads whole sequences, it does not "
+        f"decode from a cache. Pass use_cache=False, or load the exported model with attn_implementation='sdpa'"
+    )

@@ -1,0 +1,41 @@
+"""AdamW and its parameter groups.
+
+torch's own AdamW, not DeepSpeed's fused one: it resumes to identical hashes on CPU and needs no compiler
+(DeepSpeed accepts it under ZeRO through ``zero_allow_untested_optimizer``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from moba_train.config import OptimizerConfig
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices decay; norms, biases and embeddings (tied output layers with them) do not."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed, kept = [], []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        # ZeRO-3 flattens partitioned parameters; ds_shape is their real shape.
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        (kept if len(shape) < 2 or id(parameter) in embeddings else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """The learning rate is set at every step by the schedule, so it starts at 0 here."""
+    return torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay),
+        lr=0.0,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = value

@@ -1,0 +1,1 @@
+"""DeepSpeed: the engine of one rank, and the launch of all of them."""

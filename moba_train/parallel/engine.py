@@ -1,0 +1,77 @@
+"""The DeepSpeed engine of one rank.
+
+The engine reduces gradients, keeps optimizer state (partitioned under ZeRO), clips and steps. Accumulation follows
+from the step's tokens, so it changes with the stage, not with a setting.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import nn
+
+from moba_train.config import Precision, TrainConfig
+from moba_train.runtime import Runtime
+
+
+def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, train: TrainConfig, runtime: Runtime):
+    """Wrap ``module`` in a DeepSpeed engine, on the runtime's device.
+
+    Returns:
+        deepspeed.DeepSpeedEngine, accumulating nothing yet (``set_accumulation``).
+    """
+    os.environ.setdefault("LOCAL_RANK", str(runtime.local_rank))
+    if runtime.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed  # the accelerator is chosen at import
+    import deepspeed.ops
+
+    # With one process DeepSpeed would compile a shared-memory collective it never uses, and fail without a compiler.
+    if runtime.world_size == 1:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config(train, runtime))
+    return engine
+
+
+def engine_config(train: TrainConfig, runtime: Runtime) -> dict:
+    """DeepSpeed's configuration. Batch sizes are in micro-batches: our rows vary with the stage, its counter does not."""
+    config: dict = {
+        "train_micro_batch_size_per_gpu": 1,
+        "train_batch_size": runtime.world_size,
+        "bf16": {"enabled": train.precision is Precision.bf16},
+        "zero_allow_untested_optimizer": True,  # torch's AdamW, see optimizer.py
+        "gradient_clipping": 0.0 if _clips_itself(train) else train.gradient_clipping,
+        "steps_per_print": 10**9,
+    }
+    if train.zero_stage:
+        config["zero_optimization"] = {"stage": train.zero_stage}
+    return config
+
+
+def set_accumulation(engine, micro_batches: int) -> None:
+    """From the next step on, a step is ``micro_batches`` passes a rank."""
+    engine.set_train_batch_size(micro_batches * engine.dp_world_size)
+
+
+def step_engine(engine, train: TrainConfig) -> float:
+    """End a micro-batch; at the last of a step, clip and update.
+
+    Returns:
+        The global gradient norm before clipping at the step's end, NaN before that.
+    """
+    norm = math.nan
+    if engine.is_gradient_accumulation_boundary() and _clips_itself(train):
+        limit = train.gradient_clipping or math.inf
+        norm = float(nn.utils.clip_grad_norm_(engine.module.parameters(), limit))
+        engine.step()
+        return norm
+    boundary = engine.is_gradient_accumulation_boundary()
+    engine.step()
+    return float(engine.get_global_grad_norm()) if boundary else norm
+
+
+def _clips_itself(train: TrainConfig) -> bool:
+    """Plain fp32 without ZeRO: DeepSpeed clips there but does not tell the norm, so it is done here."""
+    return train.zero_stage == 0 and train.precision is Precision.fp32

@@ -1,0 +1,90 @@
+"""This process's place in the run: rank, device, process group, seeds, and who may print."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moba_train.config import Device, LaunchConfig
+
+log = logging.getLogger("moba_train")
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One rank of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(launch: LaunchConfig) -> Runtime:
+    """Choose the device and join the process group: torchrun's environment where it is set, else a group of one.
+
+    Raises:
+        ValueError: ``launch.device=cuda`` where torch sees fewer GPUs than processes.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = choose_device(launch, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(launch.threads or max(1, cores // world_size))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if world_size == 1:
+        # An in-process store: a single process needs no port and no second process.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+    else:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    configure_logging(rank)
+    return Runtime(rank, world_size, local_rank, device)
+
+
+def choose_device(launch: LaunchConfig, local_rank: int) -> torch.device:
+    """``auto`` takes CUDA where torch sees a GPU for every process of this machine."""
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if launch.device is Device.cpu or (launch.device is Device.auto and seen == 0):
+        return torch.device("cpu")
+    if seen < launch.processes:
+        raise ValueError(
+            f"launch.processes={launch.processes} with {seen} GPUs seen: set launch.processes to at most {seen}, "
+            f"or launch.device=cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def finish() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def configure_logging(rank: int) -> None:
+    """Rank 0 speaks; the others only warn. DeepSpeed's and transformers' own chatter is for debugging."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    for name in ("DeepSpeed", "transformers", "datasets", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch alike on every rank: ranks must build the same model."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
