@@ -1,0 +1,163 @@
+"""Packed rows → this rank's batches for one optimizer step, with a state of one number.
+
+The rows of all epochs form one endless stream: epoch e is the packed rows in an order drawn from (seed, e). A step
+takes the next ``rows_per_step`` rows of it, whatever the number of ranks, and each rank takes its slice of those. So
+the count of rows taken is the whole state, and a run may go on with another number of ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moba_train.data.pack import Rows, pack
+from moba_train.data.store import TokenStore
+
+IGNORED = -100  # the label that losses skip
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of L tokens. A segment is a span of one document in one row; a row's padding is its last segment.
+
+    ``labels`` are in Hugging Face's unshifted convention: equal to ``input_ids``, but -100 at each segment's first
+    token (nothing in its segment predicts it) and in padding. ``cu_seqlens`` bounds the segments of the B * L flattened
+    tokens and is filled up to a fixed size by repeating B * L.
+    """
+
+    input_ids: torch.Tensor  # (B, L) int64
+    labels: torch.Tensor  # (B, L) int64
+    position_ids: torch.Tensor  # (B, L) int64, 0 at each segment's start
+    cu_seqlens: torch.Tensor  # (capacity,) int32
+    max_seqlen: int  # a bound, not the longest segment: L
+
+    @property
+    def tokens(self) -> int:
+        return self.input_ids.numel()
+
+
+class RowLoader:
+    """The batches of one rank. ``rows_per_step`` is over all ranks."""
+
+    def __init__(
+        self,
+        store: TokenStore,
+        context_length: int,
+        rows_per_step: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+    ) -> None:
+        if rows_per_step < 1 or rows_per_step % world_size:
+            raise ValueError(
+                f"{rows_per_step} rows a step cannot be shared by {world_size} ranks; "
+                f"make train.tokens_per_step a multiple of {world_size * context_length} (ranks x context length)"
+            )
+        self.packed = pack(store.lengths, context_length, seed)
+        if not len(self.packed):
+            raise ValueError(f"the store {store.path} holds no tokens; prepare it from other documents")
+        self.rows_per_step = rows_per_step
+        self._store = store
+        self._rank = rank
+        self._world_size = world_size
+        self._seed = seed
+        self._max_segments = self.packed.max_segments
+        self._rows_taken = 0
+        self._epoch = -1
+        self._order = np.empty(0, np.int64)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self._rows_taken / len(self.packed)
+
+    def next_step(self, micro_batch_rows: int) -> list[Batch]:
+        """This rank's micro-batches of the next step, each of ``micro_batch_rows`` rows."""
+        rank_rows = self.rows_per_step // self._world_size
+        if micro_batch_rows < 1 or rank_rows % micro_batch_rows:
+            raise ValueError(
+                f"{rank_rows} rows of a rank do not make micro-batches of {micro_batch_rows}; make "
+                "train.tokens_per_step a multiple of ranks x train.micro_batch_tokens"
+            )
+        first = self._rows_taken + self._rank * rank_rows
+        rows = [self._row_at(first + i) for i in range(rank_rows)]
+        self._rows_taken += self.rows_per_step
+        return [
+            make_batch(self._store, self.packed, rows[i : i + micro_batch_rows], self._max_segments)
+            for i in range(0, rank_rows, micro_batch_rows)
+        ]
+
+    def _row_at(self, position: int) -> int:
+        epoch, index = divmod(position, len(self.packed))
+        if epoch != self._epoch:
+            self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self.packed))
+            self._epoch = epoch
+        return int(self._order[index])
+
+    def state_dict(self) -> dict[str, int]:
+        return {"rows": self._rows_taken}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._rows_taken = state["rows"]
+
+
+def heldout_batches(
+    store: TokenStore, context_length: int, rows: int, rank: int = 0, world_size: int = 1
+) -> list[Batch]:
+    """The fixed evaluation set: ``rows`` rows of one full-length span each, evenly spread over the documents, one row a
+    batch. Every rank gets equally many, the last of some without labels, so that collectives match.
+    """
+    packed = pack(store.lengths, context_length)
+    if not packed.full_rows:
+        raise ValueError(
+            f"no held-out document reaches the context length {context_length}: the longest has "
+            f"{int(store.lengths.max(initial=0))} tokens; hold out longer documents or shorten the context"
+        )
+    count = min(rows, packed.full_rows)
+    chosen = np.arange(count) * packed.full_rows // count
+    batches = []
+    for i in range(rank, -(-count // world_size) * world_size, world_size):
+        batch = make_batch(store, packed, [int(chosen[min(i, count - 1)])], max_segments=1)
+        if i >= count:
+            batch.labels.fill_(IGNORED)
+        batches.append(batch)
+    return batches
+
+
+def make_batch(store: TokenStore, packed: Rows, rows: list[int], max_segments: int) -> Batch:
+    """The batch of ``rows``; ``max_segments`` a row fixes the size of ``cu_seqlens``."""
+    length = packed.context_length
+    total = len(rows) * length
+    tokens = np.full(total, store.eos_id, np.int64)
+    bounds = [0]
+    padding = []
+    for i, row in enumerate(rows):
+        at = i * length
+        for span in range(packed.offsets[row], packed.offsets[row + 1]):
+            start, size = packed.starts[span], int(packed.lengths[span])
+            tokens[at : at + size] = store.document(packed.documents[span])[start : start + size]
+            at += size
+            bounds.append(at)
+        end = (i + 1) * length
+        if at < end:
+            padding.append(slice(at, end))
+            bounds.append(end)
+
+    cu_seqlens = np.full(len(rows) * max_segments + 1, total, np.int32)
+    cu_seqlens[: len(bounds)] = bounds
+    starts = np.array(bounds[:-1])
+    positions = np.arange(total) - np.repeat(starts, np.diff(bounds))
+    labels = tokens.copy()
+    labels[starts] = IGNORED
+    for span in padding:
+        labels[span] = IGNORED
+    shape = (len(rows), length)
+    return Batch(
+        input_ids=torch.from_numpy(tokens).view(shape),
+        labels=torch.from_numpy(labels).view(shape),
+        position_ids=torch.from_numpy(positions).view(shape),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        max_seqlen=length,
+    )

@@ -1,0 +1,128 @@
+"""Documents → rows of one context length, no token lost or repeated, with few pad tokens.
+
+A document at least one row long gives as many full rows as it holds; what is left of it, and every shorter document,
+is placed best-fit, longest first: into the fullest row that still has room. Rows with equal room are interchangeable,
+so the work goes by (length, room) pairs and whole groups of rows: O(n log n) in the documents, and about a second for
+10^6 of them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which spans of which documents make each row: row ``r`` is spans ``offsets[r]`` to ``offsets[r + 1]``, in order,
+    then padding. A span is tokens ``starts[s]`` to ``starts[s] + lengths[s]`` of document ``documents[s]``.
+    """
+
+    context_length: int
+    offsets: np.ndarray  # (rows + 1,) int64
+    documents: np.ndarray  # (spans,) int64
+    starts: np.ndarray  # (spans,) int64
+    lengths: np.ndarray  # (spans,) int64, none 0
+    full_rows: int  # rows that are one full-length span; 0 where no document is as long as the context
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def padding_share(self) -> float:
+        """Pad tokens over all tokens of the rows."""
+        return 1.0 - int(self.lengths.sum()) / max(1, len(self) * self.context_length)
+
+    @property
+    def full_share(self) -> float:
+        """Rows that are one full-length span over all rows: the only ones that the trailing loss counts."""
+        return self.full_rows / max(1, len(self))
+
+    @property
+    def max_segments(self) -> int:
+        """The most segments that a row has, its padding included."""
+        used = np.add.reduceat(self.lengths, self.offsets[:-1]) if len(self) else np.zeros(0, np.int64)
+        return int((np.diff(self.offsets) + (used < self.context_length)).max(initial=0))
+
+
+def pack(lengths: np.ndarray, context_length: int, seed: int = 0) -> Rows:
+    """``lengths`` (documents,) tokens of each document. ``seed`` decides which of equally long pieces share a row.
+
+    Full rows come first, in the documents' order; the loader orders the rows of an epoch anew.
+    """
+    if context_length < 1:
+        raise ValueError(f"context_length is {context_length}; it must be at least 1 token")
+    lengths = np.asarray(lengths, np.int64)
+
+    # Full rows: document d gives counts[d] of them, at multiples of the context length.
+    counts = lengths // context_length
+    full_documents = np.repeat(np.arange(len(lengths)), counts)
+    full_starts = _ranks(counts) * context_length
+
+    # What is left, longest first; equals in an order drawn from the seed.
+    left = lengths % context_length
+    piece_documents = np.random.default_rng(seed).permutation(np.flatnonzero(left))
+    piece_documents = piece_documents[np.argsort(-left[piece_documents], kind="stable")]
+    piece_lengths = left[piece_documents]
+    piece_rows = _best_fit(piece_lengths, context_length)
+    by_row = np.argsort(piece_rows, kind="stable")
+    packed_rows = int(piece_rows.max(initial=-1)) + 1
+
+    spans_of_row = np.concatenate(
+        [np.ones(len(full_documents), np.int64), np.bincount(piece_rows, minlength=packed_rows)]
+    )
+    piece_starts = counts[piece_documents] * context_length
+    return Rows(
+        context_length=context_length,
+        offsets=np.concatenate([[0], np.cumsum(spans_of_row)]).astype(np.int64),
+        documents=np.concatenate([full_documents, piece_documents[by_row]]),
+        starts=np.concatenate([full_starts, piece_starts[by_row]]),
+        lengths=np.concatenate([np.full(len(full_documents), context_length), piece_lengths[by_row]]),
+        full_rows=len(full_documents),
+    )
+
+
+def _ranks(counts: np.ndarray) -> np.ndarray:
+    """0, 1, … counts[0] - 1, 0, 1, … counts[1] - 1, …"""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+
+
+def _best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """The row of each piece, given longest first: the row with the least room that holds it, else a new row."""
+    rows = np.empty(len(lengths), np.int64)
+    rows_with_room: defaultdict[int, list[np.ndarray]] = defaultdict(list)
+    rooms: list[int] = []  # the keys of rows_with_room, ascending
+    new_row = 0
+    bounds = np.flatnonzero(np.diff(lengths, prepend=-1, append=-1))
+    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        length = int(lengths[start])
+        while start < stop:
+            at = bisect_left(rooms, length)
+            if at < len(rooms):
+                room = rooms[at]
+                group = rows_with_room[room].pop()
+                if not rows_with_room[room]:
+                    del rows_with_room[room], rooms[at]
+                # The tightest rows take as many pieces each as they hold: after one piece they are tighter still.
+            else:
+                room = capacity
+                each = capacity // length
+                group = np.arange(new_row, new_row - (-(stop - start) // each))
+                new_row += len(group)
+            each = room // length
+            used = min(len(group), -(-(stop - start) // each))
+            placed = min(stop - start, used * each)
+            rows[start : start + placed] = np.repeat(group[:used], each)[:placed]
+            start += placed
+            in_last = placed - (used - 1) * each
+            for some, filled in ((group[: used - 1], each), (group[used - 1 : used], in_last), (group[used:], 0)):
+                left = room - filled * length
+                if len(some) and left:
+                    if left not in rows_with_room:
+                        insort(rooms, left)
+                    rows_with_room[left].append(some)
+    return rows
