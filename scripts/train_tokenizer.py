@@ -23,7 +23,8 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=4096)
     arguments = parser.parse_args()
 
-    texts = [lzma.open(path, "rt", encoding="utf-8").read() for path in sorted(arguments.books.glob("*.txt.xz"))]
+    books = sorted(arguments.books.glob("*.txt.xz"))
+    texts = [lzma.decompress(book.read_bytes()).decode("utf-8") for book in books]
     tokenizer = train_tokenizer(texts, arguments.vocab_size)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.backend.save(str(arguments.out))

@@ -132,7 +132,7 @@ class StoreWriter:
             self._stream.write(content)
             self._hash.update(content)
             length += len(part)
-            self._max_id = max(self._max_id, int(part.max(initial=-1)))
+            self._max_id = max(self._max_id, int(part.max()) if len(part) else -1)
         self._documents.append((length, source))
         self._tokens += length
         return self._tokens * self.dtype.itemsize >= self._shard_bytes

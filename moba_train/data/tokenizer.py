@@ -65,7 +65,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     if file.is_file():
         return _from_file(file)
     if not file.is_dir() and (file.suffix in {".json", ".xz"} or file.is_absolute() or path.startswith(".")):
-        raise ValueError(f"tokenizer {path!r} does not exist; name a tokenizer.json, a folder that has one, or a hub name")
+        raise ValueError(f"tokenizer {path!r} does not exist; name a tokenizer.json, its folder or a hub name")
     return _from_transformers(path)
 
 
