@@ -151,8 +151,8 @@ def make_batch(store: TokenStore, packed: Rows, rows: list[int], max_segments: i
     positions = np.arange(total) - np.repeat(starts, np.diff(bounds))
     labels = tokens.copy()
     labels[starts] = IGNORED
-    for span in padding:
-        labels[span] = IGNORED
+    for pad in padding:
+        labels[pad] = IGNORED
     shape = (len(rows), length)
     return Batch(
         input_ids=torch.from_numpy(tokens).view(shape),

@@ -114,4 +114,4 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend, backend.token_to_id(END_OF_TEXT), "trained")
+    return Tokenizer(backend, eos_id=0, path="trained here")  # special tokens come first in the vocabulary
