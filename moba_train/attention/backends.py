@@ -15,6 +15,8 @@ from torch import Tensor
 
 from moba_train.attention.reference import reference
 from moba_train.attention.spec import AttentionSpec
+from moba_train.attention.varlen import refuses as varlen_refuses
+from moba_train.attention.varlen import varlen
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ class Backend:
 
 
 BACKENDS: dict[str, Backend] = {  # in the order in which `auto` tries them
+    "varlen": Backend(varlen, varlen_refuses),
     "reference": Backend(reference, lambda query, key, spec: None),
 }
 

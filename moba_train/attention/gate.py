@@ -17,7 +17,8 @@ from torch import Tensor
 from moba_train.attention.blocks import Blocks
 from moba_train.attention.spec import AttentionSpec
 
-TILE_SCORES = 1 << 22  # scores that exist at one time: 16 MiB in fp32
+# Scores that exist at one time: near a CPU's caches, enough to fill a GPU (4 and 256 MiB in fp32).
+TILE_SCORES = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 @contextmanager
@@ -49,7 +50,8 @@ def representatives(key: Tensor, blocks: Blocks, block_size: int) -> Tensor:
 def choose(query: Tensor, key: Tensor, blocks: Blocks, spec: AttentionSpec) -> Tensor:
     """Choose the earlier blocks that each query reads.
 
-    Works through the queries in tiles, so that never more than ``TILE_SCORES`` scores exist.
+    Works through the queries in tiles, so that never more than ``TILE_SCORES`` scores exist. Reads ``blocks`` back to
+    the host.
 
     Args:
         query: (T, H, D).
@@ -58,36 +60,44 @@ def choose(query: Tensor, key: Tensor, blocks: Blocks, spec: AttentionSpec) -> T
         spec: a ``moba`` spec.
 
     Returns:
-        (T, H, top_k - 1) int16 (int32 from 32,768 blocks on): indices into ``blocks``, best first, equal scores in
-        block order, -1 where a query has fewer earlier blocks than that.
+        (T, H, top_k - 1) int16 (int32 with room for 32,768 blocks or more): indices into ``blocks``, best first, equal
+        scores in block order, -1 where a query has fewer earlier blocks than that.
     """
     block_size, top_k = spec.moba
-    tokens, heads, head_dim = query.shape
-    kv_heads = key.shape[1]
-    slots, count = top_k - 1, len(blocks.first)
-    choices = torch.full(
-        (tokens, heads, slots), -1, dtype=torch.int16 if count < 1 << 15 else torch.int32, device=query.device
-    )
-    if slots == 0:
+    tokens, heads, _ = query.shape
+    choices = torch.full((tokens, heads, top_k - 1), -1, dtype=_index_type(len(blocks.first)), device=query.device)
+    if top_k == 1:
         return choices
+    own, first = blocks.of_token.long(), blocks.first.long()
+    oldest = first[own]  # (T,): the first block that a query may choose
+    # What a tile's queries may choose from lies between its first query's oldest block and its last query's own.
+    host_oldest, host_own = oldest.cpu(), own.cpu()
     with exact_matmul(query.device):
         means = representatives(key, blocks, block_size).permute(1, 2, 0)  # (K, D, N)
-        own, first = blocks.of_token.cpu(), blocks.first.cpu()
-        tile = max(1, TILE_SCORES // (heads * count))
+        tile = max(1, TILE_SCORES[query.device.type] // (heads * len(first)))
         for start in range(0, tokens, tile):
             stop = min(start + tile, tokens)
-            low, high = int(first[own[start]]), int(own[stop - 1])  # all that this tile's queries may choose from
+            low, high = int(host_oldest[start]), int(host_own[stop - 1])
             if low == high:
                 continue
-            grouped = query[start:stop].reshape(stop - start, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-            scores = (grouped.reshape(kv_heads, -1, head_dim).to(means.dtype) @ means[:, :, low:high]).view(
-                heads, stop - start, high - low
-            )
+            scores = _scores(query[start:stop], means[:, :, low:high])
             block = torch.arange(low, high, device=query.device)
-            mine = blocks.of_token[start:stop]
-            allowed = (block >= blocks.first[mine][:, None]) & (block < mine[:, None])
-            best, order = scores.masked_fill_(~allowed, -torch.inf).sort(dim=-1, descending=True, stable=True)
-            best, order = best[..., :slots], order[..., :slots]
-            picked = torch.where(best > -torch.inf, order + low, -1)
-            choices[start:stop, :, : picked.shape[-1]] = picked.transpose(0, 1).to(choices.dtype)
+            forbidden = (block < oldest[start:stop, None]) | (block >= own[start:stop, None])
+            scores.masked_fill_(forbidden, -torch.inf)
+            for slot in range(min(top_k - 1, high - low)):
+                best, at = scores.max(dim=-1, keepdim=True)  # the first of equal scores: the earlier block
+                picked = torch.where(best > -torch.inf, at + low, -1)
+                choices[start:stop, :, slot] = picked.squeeze(-1).t()
+                scores.scatter_(-1, at, -torch.inf)
     return choices
+
+
+def _scores(query: Tensor, means: Tensor) -> Tensor:
+    """(H, T, N) scores of query (T, H, D) against means (K, D, N)."""
+    tokens, heads, head_dim = query.shape
+    grouped = query.transpose(0, 1).reshape(len(means), -1, head_dim)  # (K, G * T, D)
+    return torch.bmm(grouped.to(means.dtype), means).view(heads, tokens, -1)
+
+
+def _index_type(room: int) -> torch.dtype:
+    return torch.int16 if room < 1 << 15 else torch.int32

@@ -1,0 +1,168 @@
+"""MoBA from dense FlashAttention passes: never tokens x tokens memory, exact gradients.
+
+One pass reads every query's own block causally, one pass sends each query to the blocks it chose; both give an output
+and a log-sum-exp, which merge into one softmax over all keys read. Backward runs the same passes with the merged output
+and log-sum-exp: each then yields its exact share of the gradients. ``full`` is the causal pass over whole segments.
+MoBA's work goes through ranges of tokens, so that the partial outputs of routed queries stay bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from moba_train.attention import dense_cpu, dense_cuda
+from moba_train.attention.blocks import cut
+from moba_train.attention.gate import choose
+from moba_train.attention.routing import Routes, route
+from moba_train.attention.spec import AttentionSpec
+
+WORKSPACE_ELEMENTS = 1 << 24  # of the routed queries' partial outputs, where the query itself is not larger
+
+
+def varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, spec: AttentionSpec, scale: float
+) -> Tensor:
+    """Attention within segments; arguments and result as in ``reference``.
+
+    On CUDA it computes in the inputs' type with fp32 accumulation, on the CPU in fp32 (fp64 for fp64 inputs). ``moba``
+    reads block bounds and list lengths back to the host; ``full`` on CUDA reads nothing.
+    """
+    if spec.kind == "full":
+        return _Full.apply(query, key, value, cu_seqlens, max_seqlen, scale)
+    blocks = cut(cu_seqlens, spec.moba[0], len(query))
+    choices = choose(query.detach(), key.detach(), blocks, spec)
+    return _Moba.apply(query, key, value, choices, blocks.bounds, spec.moba[0], scale)
+
+
+def refuses(query: Tensor, key: Tensor, spec: AttentionSpec) -> str | None:
+    """Why ``varlen`` cannot serve tensors like these, or None."""
+    if query.device.type == "cpu":
+        return None
+    if query.device.type != "cuda":
+        return f"FlashAttention runs on CPU and CUDA, and query is on {query.device.type}"
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return f"FlashAttention on CUDA takes bfloat16 and float16, and query is {query.dtype}"
+    if query.shape[-1] % 8 or query.shape[-1] > 256:
+        return f"FlashAttention on CUDA takes head_dim up to 256 in multiples of 8, and query has {query.shape[-1]}"
+    return None
+
+
+class _Full(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+    ) -> Tensor:
+        dense, inputs = _dense(query, key, value)
+        out, lse = dense.causal_forward(*inputs, cu_seqlens, max_seqlen, scale)
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, lse, cu_seqlens)
+        ctx.max_seqlen, ctx.scale = max_seqlen, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse, cu_seqlens = ctx.saved_tensors
+        dense, inputs = _dense(grad_out, query, key, value, out)
+        gradients = dense.causal_backward(*inputs, lse, cu_seqlens, ctx.max_seqlen, ctx.scale)
+        return *(gradient.to(query.dtype) for gradient in gradients), None, None, None
+
+
+class _Moba(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        choices: Tensor,
+        bounds: Tensor,
+        block_size: int,
+        scale: float,
+    ) -> Tensor:
+        dense, (q, k, v) = _dense(query, key, value)
+        keys = dense.RoutedKeys(k, v, bounds, block_size, scale)
+        merged = torch.empty_like(query)
+        merged_lse = torch.empty(query.shape[:2], dtype=_accumulator(query), device=query.device)
+        for here, spans in _ranges(bounds, choices, query.shape[-1]):
+            out, lse = dense.causal_forward(q[here], k[here], v[here], spans, block_size, scale)
+            routes = route(choices[here], key.shape[1], len(bounds) - 1, dense.tile_rows(block_size))
+            if routes is not None:
+                parts, parts_lse = keys.forward(q[here].flatten(0, 1), routes)
+                out, lse = _merge(out, lse, parts, parts_lse, routes)
+            merged[here], merged_lse[here] = out, lse
+        ctx.save_for_backward(query, key, value, choices, bounds, merged, merged_lse)
+        ctx.block_size, ctx.scale = block_size, scale
+        return merged
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, choices, bounds, merged, merged_lse = ctx.saved_tensors
+        dense, (grad, q, k, v, out) = _dense(grad_out, query, key, value, merged)
+        keys = dense.RoutedKeys(k, v, bounds, ctx.block_size, ctx.scale)
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = (torch.empty_like(x, dtype=_accumulator(x)) for x in (key, value))
+        for here, spans in _ranges(bounds, choices, query.shape[-1]):
+            inputs = (grad[here], q[here], k[here], v[here], out[here], merged_lse[here])
+            grad_q, grad_key[here], grad_value[here] = dense.causal_backward(*inputs, spans, ctx.block_size, ctx.scale)
+            routes = route(choices[here], key.shape[1], len(bounds) - 1, dense.tile_rows(ctx.block_size))
+            if routes is not None:
+                by_row = (x.flatten(0, 1) for x in (grad[here], q[here], out[here], merged_lse[here]))
+                parts = keys.backward(*by_row, routes)
+                used = (~routes.unused).to(merged_lse.dtype)
+                grad_q = grad_q + _gather(parts, routes.places, used).view(grad_q.shape)
+            grad_query[here] = grad_q
+        keys.add_gradients(grad_key, grad_value)
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None, None
+
+
+def _dense(*tensors: Tensor) -> tuple[Any, list[Tensor]]:
+    """The module with the dense passes of these tensors' device, and the tensors in the type that it works in."""
+    if tensors[0].is_cuda:
+        return dense_cuda, [x.contiguous() for x in tensors]
+    return dense_cpu, [x.to(_accumulator(x)).contiguous() for x in tensors]
+
+
+def _accumulator(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _ranges(bounds: Tensor, choices: Tensor, head_dim: int) -> Iterator[tuple[slice, Tensor]]:
+    """Cut the tokens at block bounds into ranges whose routed queries fit the workspace.
+
+    Yields the tokens of a range and the bounds of its blocks, counted from its first token.
+    """
+    tokens, heads, slots = choices.shape
+    budget = max(WORKSPACE_ELEMENTS, tokens * heads * head_dim) // (heads * head_dim * max(slots, 1))
+    edges = bounds.tolist()
+    first = 0
+    for last in range(1, len(edges)):
+        if last == len(edges) - 1 or edges[last + 1] - edges[first] > budget:
+            if edges[first] < edges[last]:
+                yield slice(edges[first], edges[last]), bounds[first : last + 1] - edges[first]
+            first = last
+
+
+def _merge(out: Tensor, lse: Tensor, parts: Tensor, parts_lse: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
+    """One softmax over the keys of all passes: out (T, H, D) and lse (T, H) of the own blocks, parts of the routes."""
+    routed = parts_lse[routes.places].masked_fill_(routes.unused, -torch.inf)
+    every = torch.cat((lse.flatten()[:, None], routed), dim=1)  # (T * H, top_k)
+    merged_lse = every.logsumexp(dim=1, keepdim=True)
+    weights = every.sub_(merged_lse).exp_()
+    merged = out.to(weights.dtype).mul_(weights[:, :1].view(*lse.shape, 1))
+    merged += _gather(parts, routes.places, weights[:, 1:]).view(out.shape)
+    return merged, merged_lse.view(lse.shape)
+
+
+def _gather(parts: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """Sum over slots of weights (rows, slots) times parts (P, D) at places (rows, slots): (rows, D)."""
+    if parts.device.type == "cpu":
+        return embedding_bag(places, parts, per_sample_weights=weights, mode="sum")
+    total = torch.zeros(len(places), parts.shape[1], dtype=weights.dtype, device=parts.device)
+    for slot in range(places.shape[1]):  # embedding_bag would round the weights to the parts' type
+        total.addcmul_(parts[places[:, slot]], weights[:, slot, None])
+    return total
