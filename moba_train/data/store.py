@@ -175,6 +175,8 @@ class StoreWriter:
             "tokens": sum(shard["tokens"] for shard in self.shards),
             "documents": sum(shard["documents"] for shard in self.shards),
             "max_id": max((shard["max_id"] for shard in self.shards), default=-1),
+            # What tells stores of other content apart, wherever they lie.
+            "sha256": hashlib.sha256(json.dumps([shard["sha256"] for shard in self.shards]).encode()).hexdigest(),
             "shards": self.shards,
         }
         write_json(self.path / MANIFEST, manifest)
