@@ -197,7 +197,7 @@ def format_progress(row: dict[str, Any], total_tokens: int, eta: float | None) -
     :param total_tokens: of the whole run
     :param eta: seconds left, None while unknown
     """
-    done = f"{_amount(row['tokens'])}/{_amount(total_tokens)} tokens ({row['tokens'] / total_tokens:.0%})"
+    done = f"{format_amount(row['tokens'])}/{format_amount(total_tokens)} tokens ({row['tokens'] / total_tokens:.0%})"
     parts = [f"step {row['step']}", done]
     for key, shown in (
         ("train/loss", "loss {:.3f}"),
@@ -208,7 +208,7 @@ def format_progress(row: dict[str, Any], total_tokens: int, eta: float | None) -
         if row.get(key) is not None:
             parts.append(shown.format(row[key]))
     if "perf/tokens_per_second" in row:
-        parts.append(f"{_amount(row['perf/tokens_per_second'])} tok/s")
+        parts.append(f"{format_amount(row['perf/tokens_per_second'])} tok/s")
     if "perf/memory_gb" in row:
         parts.append(f"{row['perf/memory_gb']:.1f} GB")
     if "stage" in row:
@@ -229,7 +229,8 @@ def format_duration(seconds: float) -> str:
     return f"{minutes}m {whole % 60:02d}s" if minutes else f"{whole}s"
 
 
-def _amount(number: float) -> str:
+def format_amount(number: float) -> str:
+    """``950``, ``12.3k``, ``1.97M``, ``524M``, ``1.2B``."""
     for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= scale:
             return f"{number / scale:.3g}{unit}" if number / scale < 100 else f"{number / scale:.0f}{unit}"

@@ -1,0 +1,50 @@
+"""Runs → one self-contained HTML page, with its pictures as PNG files beside it.
+
+One run is told as a story (loss and trailing loss over tokens, held-out loss by position, throughput); several, or a
+multirun directory, are compared (a table, trailing losses in one picture, a block_size x top_k heat map where both
+were varied).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from moba_train.report.comparison import comparison_page
+from moba_train.report.runs import read_runs
+from moba_train.report.single import single_page
+
+PAGE = "index.html"
+
+
+def build(paths: Path | Sequence[Path], out: Path | None = None) -> Path:
+    """Write the report of a run, of a multirun directory, or of several of either.
+
+    :param paths: run directories (resolved.yaml, metrics.jsonl, result.json once finished) or their parents
+    :param out: directory for the page and the PNG files; ``report/`` in the only path where not given
+    :returns: the page, ``<out>/index.html``
+    :raises ValueError: a path without runs, no step and no evaluation logged yet, or several paths without ``out``
+    """
+    paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    if out is None and len(paths) != 1:
+        raise ValueError(f"{len(paths)} paths and no place for their report; name an output directory")
+    out = Path(out) if out is not None else paths[0] / "report"
+    runs = read_runs(paths)
+    if not any(run.rows for run in runs):
+        raise ValueError(f"run={paths[0]}: metrics.jsonl holds no row; report after the first step")
+    single = len(runs) == 1 and runs[0].path == paths[0]
+    page, pictures = single_page(runs[0]) if single else comparison_page(runs, paths)
+    out.mkdir(parents=True, exist_ok=True)
+    for picture in pictures:
+        _write(out / f"{picture.stem}.png", picture.light)
+        _write(out / f"{picture.stem}-dark.png", picture.dark)
+    _write(out / PAGE, page.encode("utf-8"))
+    return out / PAGE
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replace ``path`` whole: a reader sees the old page or the new one."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    os.replace(part, path)

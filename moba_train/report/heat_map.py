@@ -1,0 +1,89 @@
+"""Trailing loss and speed by block_size and top_k, for sweeps that vary both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from moba_train.report.runs import Run
+from moba_train.report.theme import Draw, Theme
+from moba_train.tracking import format_amount
+
+
+def heat_map_cells(runs: Sequence[Run]) -> dict[tuple[int, int], list[Run]]:
+    """Runs by (block_size, top_k); empty unless both were varied."""
+    cells: dict[tuple[int, int], list[Run]] = {}
+    for run in runs:
+        block_size, top_k = run.setting("attention.block_size"), run.setting("attention.top_k")
+        if run.setting("attention.kind", "moba") == "moba" and block_size and top_k:
+            cells.setdefault((block_size, top_k), []).append(run)
+    varied = all(len({key[i] for key in cells}) > 1 for i in (0, 1))
+    return cells if varied else {}
+
+
+def draw_heat_maps(cells: dict[tuple[int, int], list[Run]]) -> Draw:
+    """Trailing loss and tokens/s by block_size and top_k, side by side, the sparsity in each cell."""
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        left, right = figure.subplots(1, 2)
+        _heat_map(left, cells, "trailing_loss", "Trailing loss (nats per token)", "{:.3f}".format, theme, low=True)
+        _heat_map(right, cells, "tokens_per_second", "Tokens per second", format_amount, theme, low=False)
+
+    return draw
+
+
+def _heat_map(
+    axes: Axes,
+    cells: dict[tuple[int, int], list[Run]],
+    attribute: str,
+    title: str,
+    shown: Callable[[float], str],
+    theme: Theme,
+    low: bool,
+) -> None:
+    block_sizes, top_ks = (sorted({key[i] for key in cells}) for i in (0, 1))
+    grid = np.full((len(top_ks), len(block_sizes)), np.nan)
+    for (block_size, top_k), runs in cells.items():
+        values = [value for run in runs if run.finished and (value := getattr(run, attribute)) is not None]
+        if values:
+            grid[top_ks.index(top_k), block_sizes.index(block_size)] = fmean(values)
+    colors = LinearSegmentedColormap.from_list("heat", theme.heat[::-1] if low else theme.heat)
+    image = axes.imshow(grid, cmap=colors, aspect="auto", origin="lower")
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_xticks(range(len(block_sizes)), [f"{b:,}" for b in block_sizes])
+    axes.set_yticks(range(len(top_ks)), [str(k) for k in top_ks])
+    axes.set_xticks(np.arange(len(block_sizes) - 1) + 0.5, minor=True)
+    axes.set_yticks(np.arange(len(top_ks) - 1) + 0.5, minor=True)
+    axes.grid(True, which="minor", color=theme.paper, linewidth=3)
+    axes.tick_params(which="minor", length=0)
+    axes.set_xlabel("block_size (tokens)")
+    axes.set_ylabel("top_k (blocks a query reads)")
+    axes.set_title(title)
+    for (block_size, top_k), runs in cells.items():
+        row, column = top_ks.index(top_k), block_sizes.index(block_size)
+        value, sparsity = grid[row, column], runs[0].sparsity
+        color = theme.faint if np.isnan(value) else _readable_on(image.cmap(image.norm(value)))
+        axes.text(
+            column,
+            row + 0.08,
+            "unfinished" if np.isnan(value) else shown(value),
+            ha="center",
+            va="center",
+            color=color,
+            fontsize=9 if np.isnan(value) else 12,
+        )
+        note = "" if sparsity is None else f"{sparsity:.1%} sparse"
+        axes.text(column, row - 0.2, note, ha="center", va="center", color=color, fontsize=8)
+
+
+def _readable_on(rgba: Any) -> str:
+    luminance = 0.2126 * rgba[0] + 0.7152 * rgba[1] + 0.0722 * rgba[2]
+    return "#111111" if luminance > 0.45 else "#ffffff"
