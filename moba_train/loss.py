@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 IGNORE = -100  # transformers' label of a position without a target
 
@@ -55,19 +55,30 @@ def tiled_losses(
     return torch.cat([checkpoint(tile, h, t, use_reentrant=False) for h, t in tiles])
 
 
+def refuse_changed_logits(configuration: PretrainedConfig) -> None:
+    """
+    Raises:
+        ValueError: the model changes its logits after the output layer, which the tiles would skip.
+    """
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier"):
+        value = getattr(configuration, name, None)
+        if value not in (None, 1):
+            raise ValueError(
+                f"{name}={value}: {configuration.model_type} changes its logits after the output layer, which the tiled "
+                f"loss does not; use a Llama, Mistral or Qwen model"
+            )
+
+
 class TokenLosses(nn.Module):
     """A causal LM whose forward pass gives the loss of every token in the place of logits."""
 
     def __init__(self, model: PreTrainedModel, tile_tokens: int) -> None:
         """
         Raises:
-            ValueError: the model changes its logits after the output layer, which the tiles would skip.
+            ValueError: as ``refuse_changed_logits``.
         """
         super().__init__()
-        for name in ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier"):
-            value = getattr(model.config, name, None)
-            if value not in (None, 1, 1.0):
-                raise ValueError(f"{name}={value} of {model.config.model_type} is not supported by the tiled loss")
+        refuse_changed_logits(model.config)
         self.model = model
         self.tile_tokens = tile_tokens
 

@@ -66,3 +66,16 @@ def _location(model: ModelConfig) -> str:
 
 def _gguf(model: ModelConfig) -> dict[str, str]:
     return {} if model.gguf_file is None else {"gguf_file": model.gguf_file}
+
+
+def tokenizer_path(model: ModelConfig) -> str:
+    """Where the model's tokenizer is: ``model.tokenizer``, or the model's own folder.
+
+    Raises:
+        ValueError: a new model without ``model.tokenizer``.
+    """
+    if model.tokenizer is not None:
+        return model.tokenizer
+    if model.path is None:
+        raise ValueError("model.tokenizer is not set and model.path is None: name a tokenizer.json, a folder or a hub name")
+    return _location(model)

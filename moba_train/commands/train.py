@@ -1,0 +1,88 @@
+"""Train, or sweep with --multirun: moba-train train [--multirun] [key=value ...]
+
+  moba-train train                                            the default recipe
+  moba-train train experiment=hybrid_90_10 attention.top_k=4  a recipe, with a setting changed
+  moba-train train --multirun attention.block_size=64,128     one run a value
+  moba-train train --cfg job                                  print every setting, run nothing
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.console import Console
+
+from moba_train import preflight, report, resolved
+from moba_train.commands.compose import run_hydra
+from moba_train.config import Config
+from moba_train.data.tokens import prepare_store
+from moba_train.model import tokenizer_path
+from moba_train.parallel import launch
+from moba_train.schedule import build_schedule
+from moba_train.summary import print_summary, read_result
+from moba_train.validate import validate
+
+console = Console()
+
+
+def main(arguments: list[str]) -> int:
+    failures: list[int] = []
+    folders: list[Path] = []
+
+    def job(composed: DictConfig) -> float:
+        try:
+            folder, code = run_one(resolved.to_config(composed))
+            folders.append(folder)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
+        if code:
+            failures.append(code)
+            return float("inf")  # the worst objective: a sweep goes on to its other points
+        return read_result(folder)["trailing_loss"]
+
+    run_hydra("train", job, arguments)
+    if len(folders) > 1:
+        page = report.build(folders[0].parent)
+        console.print(f"sweep report: {page}")
+    return failures[0] if failures else 0
+
+
+def run_one(config: Config) -> tuple[Path, int]:
+    """Validate, prepare the data, start the processes, and report. Returns the run directory and the exit code."""
+    validate(config)
+    schedule = build_schedule(config)
+    preflight.check_model(config, schedule)
+    for stage in schedule.stages:
+        if stage.kind.value == "moba" and stage.sparsity == 0:
+            console.print(
+                f"[yellow]warning:[/] stage {stage.name} reads every key: top_k {stage.top_k} x block_size "
+                f"{stage.block_size} covers its context of {stage.context_length} tokens"
+            )
+    stores = prepare_store(config.data, tokenizer_path(config.model))
+    preflight.check_store(config, schedule, stores)
+    folder = run_folder(config)
+    preflight.open_folder(config, folder)
+    console.print(f"run directory: {folder}")
+    code = launch.run(config.launch, folder / resolved.FILE)
+    if code:
+        print(f"error: the run in {folder} ended with exit code {code}; its checkpoints stand, run.resume=auto goes on "
+              f"from the newest", file=sys.stderr)
+        return folder, code
+    print_summary(folder, console)
+    console.print(f"report: {report.build(folder)}")
+    return folder, 0
+
+
+def run_folder(config: Config) -> Path:
+    """``run.dir/run.name``, a name made of the recipe and the time where none is given, or a sweep's own."""
+    hydra = HydraConfig.get()
+    if hydra.mode is RunMode.MULTIRUN:
+        return Path(hydra.runtime.output_dir).resolve()
+    name = config.run.name or f"{config.run.label}-{datetime.now():%Y%m%d-%H%M%S}"
+    return Path(config.run.dir).expanduser().resolve() / name

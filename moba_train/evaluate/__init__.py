@@ -1,0 +1,1 @@
+"""Evaluators: each reads a model and yields (name, value)."""

@@ -1,0 +1,33 @@
+"""Write the trained model as a Hugging Face folder that plain transformers loads without this package."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from moba_train.data.tokenizer import load_tokenizer
+from moba_train.runtime import Runtime
+
+
+def export(model: PreTrainedModel, tokenizer: str, folder: Path, runtime: Runtime) -> None:
+    """Write weights (safetensors), configuration with the RoPE in effect, and tokenizer, whole or not at all.
+
+    MoBA adds no parameter, so the folder is that of a dense model of the same architecture. All ranks call it: under
+    ZeRO-3 the parameters are gathered from all of them.
+    """
+    import deepspeed
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+        if runtime.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            model.save_pretrained(partial)
+            load_tokenizer(tokenizer).save(partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(partial, folder)
+    dist.barrier()

@@ -1,0 +1,103 @@
+"""What can only be checked against files: the model's configuration, its tokenizer, the run directory, the store.
+
+Runs in the command-line process, in seconds, before CUDA or a process group is started.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from moba_train import checkpoint, resolved
+from moba_train.attention.backends import BACKENDS
+from moba_train.config import Config, Resume
+from moba_train.data.store import TokenStore
+from moba_train.data.tokenizer import load_tokenizer
+from moba_train.loss import refuse_changed_logits
+from moba_train.model import model_configuration, tokenizer_path
+from moba_train.rope import rope_parameters
+from moba_train.runtime import choose_device
+from moba_train.schedule import Schedule
+
+
+def check_model(config: Config, schedule: Schedule) -> None:
+    """The schedule fits the model, and the model its tokenizer.
+
+    Raises:
+        ValueError: naming the key, its value and the fix.
+    """
+    backend = config.attention.backend
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"attention.backend={backend} is unknown: choose from auto, {', '.join(BACKENDS)}")
+    choose_device(config.launch, local_rank=0)
+    model = model_configuration(config.model)
+    refuse_changed_logits(model)
+    layers = model.num_hidden_layers
+    parameters = dict(model.rope_parameters)
+    for stage in schedule.stages:
+        if stage.full_layers > layers:
+            raise ValueError(
+                f"full_layers={stage.full_layers} in stage {stage.name} with {layers} layers in {config.model.name}: "
+                f"set it to at most {layers}"
+            )
+        parameters = rope_parameters(parameters, stage.rope)
+    if getattr(model, "sliding_window", None) is not None and getattr(model, "use_sliding_window", True):
+        raise ValueError(
+            f"{config.model.name} has sliding_window={model.sliding_window}, which moba and full attention do not compute: "
+            f"set sliding_window to null in its config.json if it is to read its whole context"
+        )
+    tokenizer = load_tokenizer(tokenizer_path(config.model))
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"the tokenizer {tokenizer_path(config.model)} has {tokenizer.vocab_size} ids and {config.model.name} "
+            f"vocab_size={model.vocab_size}: set model.tokenizer to the model's own"
+        )
+
+
+def check_store(config: Config, schedule: Schedule, stores: Path) -> None:
+    """Some document reaches every context length: without one there is no trailing loss, and nothing long to learn.
+
+    Raises:
+        ValueError: naming the context length and the longest document.
+    """
+    store = TokenStore.open(stores / "train")
+    longest = int(store.lengths.max(initial=0))
+    for stage in schedule.stages:
+        if longest < stage.context_length:
+            raise ValueError(
+                f"context_length={stage.context_length} of stage {stage.name} is reached by no training document: the "
+                f"longest of {config.data.name} has {longest} tokens. Set it to at most {longest}, or add longer documents"
+            )
+    heldout = TokenStore.open(stores / "heldout")
+    longest = int(heldout.lengths.max(initial=0))
+    if longest < schedule.longest_context:
+        raise ValueError(
+            f"context_length={schedule.longest_context} is reached by no held-out document: the longest of "
+            f"{config.data.name} has {longest} tokens. Hold out longer documents, or shorten the context"
+        )
+
+
+def open_folder(config: Config, folder: Path) -> None:
+    """Make the run directory, or check that the one that stands may be gone on with; write ``resolved.yaml``.
+
+    Raises:
+        ValueError: it stands and ``run.resume=never``, there is nothing to resume, the settings differ, or it
+            cannot be written.
+    """
+    stands = (folder / resolved.FILE).is_file()
+    if stands and config.run.resume is Resume.never:
+        raise ValueError(f"{folder} holds a run already: set run.resume=auto to go on with it, or choose another run.name")
+    if config.run.resume is Resume.must and not checkpoint.list_checkpoints(folder / "checkpoints"):
+        raise ValueError(f"run.resume=must and {folder} holds no checkpoint: check run.dir and run.name, or set run.resume=auto")
+    if stands and (changed := resolved.differences(resolved.load(folder / resolved.FILE), config)):
+        raise ValueError(
+            f"{folder} was started with other settings ({'; '.join(changed[:3])}): resume with the same, or choose "
+            f"another run.name"
+        )
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        partial = folder / f".{resolved.FILE}.partial"
+        partial.write_text(resolved.to_yaml(config))
+        os.replace(partial, folder / resolved.FILE)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror}): set run.dir to a folder that can") from None

@@ -1,0 +1,99 @@
+"""A run's configuration on disk: composed config → dataclasses → ``resolved.yaml`` → dataclasses in the worker."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from moba_train.config import Config, StageConfig
+
+FILE = "resolved.yaml"
+
+_SECRET = re.compile(r"api_?key|token$|secret|password|credential", re.IGNORECASE)
+
+# What may change between the start of a run and its continuation: nothing here alters a step.
+RESUMABLE = ("run.resume", "run.label", "wandb.", "launch.", "checkpoint.", "train.log_every", "position_loss.log_every")
+
+
+def to_config(composed: DictConfig) -> Config:
+    """The dataclasses of a composed configuration.
+
+    Raises:
+        ValueError: one line naming the key, for a value of the wrong type or a key that does not exist.
+    """
+    try:
+        stages = composed.schedule.stages
+        merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
+        merged.schedule.stages = [_stage(index, stage) for index, stage in enumerate(stages)]
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(" ".join(str(error).split("\n")[0].split())) from None
+    assert isinstance(config, Config)
+    return config
+
+
+def _stage(index: int, stage: Any) -> DictConfig | ListConfig:
+    # OmegaConf's own message of a fault inside a list leaves out where in the list it is.
+    try:
+        return OmegaConf.merge(OmegaConf.structured(StageConfig), stage)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"schedule.stages[{index}]: {str(error).splitlines()[0]}") from None
+
+
+def to_yaml(config: Config) -> str:
+    """YAML of the whole configuration. Values that look secret by name, or equal a secret of the environment, are cut."""
+    return OmegaConf.to_yaml(OmegaConf.create(_redact(OmegaConf.to_container(OmegaConf.structured(config)))))
+
+
+def load(path: Path) -> Config:
+    """The configuration of a run directory's ``resolved.yaml``."""
+    try:
+        composed = OmegaConf.load(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    assert isinstance(composed, DictConfig)
+    return to_config(composed)
+
+
+def differences(before: Config, after: Config) -> list[str]:
+    """Settings that differ and would make the continued run another run, as ``key: before -> after``."""
+    old, new = _flatten(OmegaConf.to_container(OmegaConf.structured(before))), _flatten(
+        OmegaConf.to_container(OmegaConf.structured(after))
+    )
+    return [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(RESUMABLE)
+    ]
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        pairs = value.items()
+    elif isinstance(value, list) and value:
+        pairs = enumerate(value)  # type: ignore[assignment]
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in pairs:
+        flat.update(_flatten(inner, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def _redact(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: _redact(inner, str(name)) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_redact(inner, key) for inner in value]
+    if isinstance(value, str) and value and (_SECRET.search(key) or value in _environment_secrets()):
+        return "<redacted>"
+    return value
+
+
+def _environment_secrets() -> set[str]:
+    return {value for name, value in os.environ.items() if _SECRET.search(name) and len(value) >= 8}

@@ -1,0 +1,35 @@
+"""A finished run as a table on the console."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result.json").read_text())
+
+
+def print_summary(folder: Path, console: Console) -> None:
+    """Held-out losses at each point of the run, from its result.json."""
+    result = read_result(folder)
+    table = Table(title=f"{folder.name}: held-out loss (nats a token)", title_justify="left")
+    for column, justify in (("point", "left"), ("step", "right"), ("tokens", "right"), ("loss", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table.add_column("trailing loss", justify="right")
+    for point in result["points"]:
+        table.add_row(
+            point["point"],
+            str(point["step"]),
+            f"{point['tokens']:,}",
+            f"{point['loss']:.3f}",
+            f"{point['trailing_loss']:.3f}",
+        )
+    console.print(table)
+    rate = result["tokens_per_second"]
+    if rate:
+        console.print(f"{result['tokens']:,} tokens in {result['seconds']:.0f} s, {rate:,.0f} tokens/s while training")

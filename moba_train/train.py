@@ -1,0 +1,283 @@
+"""A training run: ``build`` the parts, then ``train`` in a loop that reads from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from moba_train import checkpoint, hf_attention
+from moba_train.batch import count_positions, model_inputs, valid_tokens
+from moba_train.config import Config
+from moba_train.cost import DecoderShape, StepCost, step_cost
+from moba_train.data.loader import Batch, RowLoader, heldout_batches
+from moba_train.data.store import TokenStore
+from moba_train.data.tokens import prepare_store
+from moba_train.evaluate.position_loss import position_loss
+from moba_train.export import export
+from moba_train.loss import TokenLosses
+from moba_train.metrics import PositionLoss, Throughput, memory_gb, peak_flops
+from moba_train.model import DTYPES, load_model, tokenizer_path
+from moba_train.optimizer import build_optimizer, set_learning_rate
+from moba_train.parallel.engine import build_engine, set_accumulation, step_engine
+from moba_train.rope import rope_parameters, set_rope
+from moba_train.runtime import Runtime, log, seed_everything
+from moba_train.schedule import Schedule, Stage, build_schedule
+from moba_train.tracking import Tracker, format_progress
+from moba_train.validate import micro_batch_rows
+
+
+@dataclass
+class Run:
+    """The parts of a run, and where it is."""
+
+    config: Config
+    folder: Path
+    runtime: Runtime
+    schedule: Schedule
+    model: PreTrainedModel
+    engine: Any  # deepspeed.DeepSpeedEngine around TokenLosses(model)
+    store: TokenStore
+    heldout: list[Batch]  # this rank's share
+    tracker: Tracker | None  # rank 0's
+    throughput: Throughput
+    own_rope: dict[str, Any]  # rope_parameters as loaded, before any stage
+    step: int = 0  # optimizer steps done
+    stage: Stage | None = None
+    loader: RowLoader = field(init=False)  # of the stage
+    bins: PositionLoss = field(init=False)  # of the stage
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.schedule.tokens_per_step
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+def build(config: Config, folder: Path, runtime: Runtime) -> Run:
+    """Load or resume everything a step needs. Reads; writes nothing but metrics.jsonl's cut to the resumed step."""
+    seed_everything(config.run.seed)
+    schedule = build_schedule(config)
+    model = load_model(config.model, config.train.precision)
+    if config.train.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    own_rope = dict(model.config.rope_parameters)
+    losses = TokenLosses(model, config.train.loss_tile_tokens)
+    engine = build_engine(losses, build_optimizer(losses, config.optimizer), config.train, runtime)
+    stores = prepare_store(config.data, tokenizer_path(config.model), progress=False)
+    heldout = heldout_batches(
+        TokenStore.open(stores / "heldout"),
+        schedule.longest_context,
+        config.evaluate.rows,
+        runtime.rank,
+        runtime.world_size,
+    )
+    newest = checkpoint.newest_whole(folder / "checkpoints")
+    step = checkpoint.load(newest, engine, runtime)["step"] if newest else 0
+    return Run(
+        config=config,
+        folder=folder,
+        runtime=runtime,
+        schedule=schedule,
+        model=model,
+        engine=engine,
+        store=TokenStore.open(stores / "train"),
+        heldout=heldout,
+        tracker=Tracker(folder, config.wandb, _as_dict(config), step) if runtime.is_main else None,
+        throughput=Throughput(peak_flops(runtime.device, DTYPES[config.train.precision]) * runtime.world_size),
+        own_rope=own_rope,
+        step=step,
+    )
+
+
+def train(run: Run) -> None:
+    """Step to the end of the schedule: every stage, its evaluations and checkpoints, and the export."""
+    config, schedule = run.config, run.schedule
+    if run.step:
+        say(run, f"resumed at step {run.step} of {schedule.total_steps}")
+    elif config.evaluate.at_start:
+        evaluate(run, "start")
+
+    while run.step < schedule.total_steps:
+        stage = schedule.stage_at(run.step)
+        if stage is not run.stage:
+            enter(run, stage)
+        rate = schedule.learning_rate(run.step)
+        set_learning_rate(run.engine.optimizer, rate)
+
+        row = optimize(run)
+        run.step += 1
+
+        log_step(run, {**row, "train/learning_rate": rate})
+        if run.step == stage.end_step:
+            evaluate(run, stage.name)
+        elif config.evaluate.every_steps and run.step % config.evaluate.every_steps == 0:
+            evaluate(run, "step")
+        if run.step == schedule.total_steps or _due(run.step, config.checkpoint.every_steps):
+            save(run)
+
+    if config.checkpoint.export:
+        with run.throughput.pause():
+            export(run.model, tokenizer_path(config.model), run.folder / "model", run.runtime)
+
+
+def enter(run: Run, stage: Stage) -> None:
+    """Switch attention, RoPE, context length and accumulation, in place; optimizer state stays as it is."""
+    config = run.config
+    run.stage = stage
+    hf_attention.set_plan(run.model, stage.plan(run.model.config.num_hidden_layers), config.attention.backend)
+    set_rope(run.model, rope_at(run, stage), stage.context_length)
+    rows_per_step = run.schedule.tokens_per_step // stage.context_length
+    run.loader = RowLoader(
+        run.store,
+        stage.context_length,
+        rows_per_step,
+        run.runtime.rank,
+        run.runtime.world_size,
+        # Stages draw rows in orders of their own: a stage must not begin with the rows the one before began with.
+        seed=config.run.seed + stage.index,
+    )
+    run.loader.load_state_dict({"rows": (run.step - stage.first_step) * rows_per_step})
+    rank_rows = rows_per_step // run.runtime.world_size
+    set_accumulation(run.engine, rank_rows // micro_batch_rows(config, stage.context_length))
+    run.bins = PositionLoss(stage.context_length, config.position_loss.bin_size, run.runtime.device)
+    say(
+        run,
+        f"stage {stage.name}: steps {stage.first_step}-{stage.end_step}, context {stage.context_length}, "
+        f"{stage.describe()}, {_packing(run.loader)}",
+    )
+
+
+def rope_at(run: Run, stage: Stage) -> dict[str, Any]:
+    """RoPE of a stage: each stage changes what the one before had, so it depends on the stage alone."""
+    parameters = run.own_rope
+    for earlier in run.schedule.stages[: stage.index + 1]:
+        parameters = rope_parameters(parameters, earlier.rope)
+    return parameters
+
+
+def optimize(run: Run) -> dict[str, float]:
+    """One optimizer step over ``tokens_per_step`` tokens.
+
+    Raises:
+        FloatingPointError: the loss is not finite; parameters are still those of the step before.
+    """
+    assert run.stage is not None
+    batches = run.loader.next_step(micro_batch_rows(run.config, run.stage.context_length))
+    valid, cost = step_totals(run, batches)
+    # DeepSpeed averages gradients over ranks; the loss is a mean over the valid tokens of all of them.
+    scale = run.runtime.world_size / valid
+    run.bins.reset()
+    norm = math.nan
+    for index, batch in enumerate(batches):
+        inputs = model_inputs(batch, run.runtime.device)
+        losses = run.engine(**inputs)
+        run.engine.backward(losses.sum() * scale, scale_wrt_gas=False)
+        count_positions(run.bins, losses, inputs)
+        if index == len(batches) - 1:
+            run.bins.all_reduce()
+            row = run.bins.as_row("train", curve=_due(run.step + 1, run.config.position_loss.log_every))
+            if not math.isfinite(row["train/loss"]):
+                raise FloatingPointError(
+                    f"the loss of step {run.step + 1} is {row['train/loss']}: lower schedule.learning_rate.peak, or look "
+                    f"at the data of this step; resume goes on from the last checkpoint"
+                )
+        norm = step_engine(run.engine, run.config.train)
+    run.throughput.step(run.schedule.tokens_per_step, cost)
+    return {**row, "train/gradient_norm": norm}
+
+
+def step_totals(run: Run, batches: list[Batch]) -> tuple[int, StepCost]:
+    """Valid tokens and cost of a step over all ranks, in one collective, before the first backward pass."""
+    assert run.stage is not None
+    lengths = np.concatenate([np.diff(batch.cu_seqlens.numpy()) for batch in batches])
+    cost = step_cost(
+        DecoderShape.from_config(run.model.config),
+        run.stage.plan(run.model.config.num_hidden_layers),
+        lengths,
+        activation_checkpointing=run.config.train.activation_checkpointing,
+    )
+    counts = [sum(map(valid_tokens, batches)), cost.model_flops, cost.hardware_flops]
+    totals = torch.tensor(counts, dtype=torch.float64, device=run.runtime.device)
+    dist.all_reduce(totals)
+    valid, model_flops, hardware_flops = totals.tolist()
+    if not valid:
+        raise ValueError("a step drew no token that is a target: the documents are too short, raise data.min_document_tokens")
+    return int(valid), StepCost(model_flops, hardware_flops)
+
+
+def evaluate(run: Run, point: str) -> None:
+    """Read the held-out rows. At the start that is the model as it came: its own RoPE, full attention."""
+    context = run.schedule.longest_context
+    if point == "start":
+        full = hf_attention.AttentionSpec("full")
+        hf_attention.set_plan(run.model, [full] * run.model.config.num_hidden_layers, run.config.attention.backend)
+        set_rope(run.model, run.own_rope, context)
+    with run.throughput.pause():
+        bin_size = run.config.position_loss.bin_size
+        row = dict(position_loss(run.engine.module, run.heldout, context, bin_size, run.runtime.device))
+    log_row(run, {**row, "eval/point": point})
+
+
+def log_step(run: Run, row: dict[str, Any]) -> None:
+    assert run.stage is not None
+    perf = {
+        **run.throughput.as_row(),
+        "perf/memory_gb": memory_gb(run.runtime.device),
+        "perf/sparsity": run.stage.sparsity,
+        "data/epoch": run.loader.epoch,
+    }
+    log_row(run, {**row, **perf}, quiet=not _due(run.step, run.config.train.log_every))
+
+
+def log_row(run: Run, row: dict[str, Any], quiet: bool = False) -> None:
+    """One row to metrics.jsonl and W&B, and as a line on the console."""
+    row = {"tokens": run.tokens, "stage": run.stage.name if run.stage else "start", **row}
+    if run.tracker:
+        run.tracker.log(row, run.step)
+        if not quiet:
+            eta = run.throughput.eta_seconds(run.schedule.total_tokens - run.tokens)
+            print(format_progress({"step": run.step, **row}, run.schedule.total_tokens, eta), flush=True)
+
+
+def save(run: Run) -> None:
+    assert run.stage is not None
+    state = {
+        "step": run.step,
+        "tokens": run.tokens,
+        "stage": run.stage.name,
+        "rope_parameters": run.model.config.rope_parameters,
+        "loader": run.loader.state_dict(),
+        "saved_at": time.time(),
+    }
+    with run.throughput.pause():
+        checkpoint.save(run.checkpoints, run.engine, state, run.config.checkpoint.keep, run.runtime)
+
+
+def say(run: Run, text: str) -> None:
+    if run.runtime.is_main:
+        log.info("%s", text)
+
+
+def _packing(loader: RowLoader) -> str:
+    packed = loader.packed
+    return f"{len(packed)} rows an epoch, {100 * packed.full_rows / len(packed):.0f} % one whole document part"
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _as_dict(config: Config) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(config)

@@ -1,0 +1,118 @@
+"""What types cannot check, before any process is started: ranges, and values that do not go together.
+
+Every message names the key, its value and the fix. Stages are checked by ``schedule.build_schedule``; what needs the
+model's or the tokenizer's files by ``preflight``.
+"""
+
+from __future__ import annotations
+
+import re
+
+from moba_train.config import Config, Precision, SourceConfig
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
+
+
+def validate(config: Config) -> None:
+    """
+    Raises:
+        ValueError: the first setting that cannot be used.
+    """
+    _names(config)
+    _ranges(config)
+    _data(config)
+    _batch(config)
+
+
+def _names(config: Config) -> None:
+    name = config.run.name
+    if name is not None and not _NAME.fullmatch(name):
+        raise ValueError(f"run.name={name!r}: use letters, digits and . _ - = , + only, and start with a letter or digit")
+
+
+def _ranges(config: Config) -> None:
+    least = {
+        "attention.block_size": (config.attention.block_size, 1),
+        "attention.top_k": (config.attention.top_k, 1),
+        "attention.full_layers": (config.attention.full_layers, 0),
+        "run.seed": (config.run.seed, 0),
+        "train.tokens_per_step": (config.train.tokens_per_step, 1),
+        "train.loss_tile_tokens": (config.train.loss_tile_tokens, 1),
+        "train.log_every": (config.train.log_every, 1),
+        "train.gradient_clipping": (config.train.gradient_clipping, 0),
+        "position_loss.bin_size": (config.position_loss.bin_size, 1),
+        "position_loss.log_every": (config.position_loss.log_every, 1),
+        "evaluate.rows": (config.evaluate.rows, 1),
+        "evaluate.every_steps": (config.evaluate.every_steps, 0),
+        "checkpoint.every_steps": (config.checkpoint.every_steps, 0),
+        "checkpoint.keep": (config.checkpoint.keep, 1),
+        "launch.processes": (config.launch.processes, 1),
+        "launch.threads": (config.launch.threads, 0),
+        "data.workers": (config.data.workers, 0),
+        "data.min_document_tokens": (config.data.min_document_tokens, 1),
+        "optimizer.weight_decay": (config.optimizer.weight_decay, 0),
+    }
+    for key, (value, minimum) in least.items():
+        if not value >= minimum:  # NaN is refused too
+            raise ValueError(f"{key}={value}: must be at least {minimum}")
+    rate = config.schedule.learning_rate
+    shares = {
+        "data.heldout_fraction": config.data.heldout_fraction,
+        "schedule.learning_rate.warmup_share": rate.warmup_share,
+        "schedule.learning_rate.decay_share": rate.decay_share,
+        "schedule.learning_rate.final_ratio": rate.final_ratio,
+        "optimizer.beta1": config.optimizer.beta1,
+        "optimizer.beta2": config.optimizer.beta2,
+    }
+    for key, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"{key}={share}: must be from 0 to 1")
+    if rate.warmup_share + rate.decay_share > 1:
+        raise ValueError(
+            f"schedule.learning_rate.warmup_share={rate.warmup_share} and decay_share={rate.decay_share} add up to more "
+            f"than the run: make their sum at most 1"
+        )
+    if not rate.peak > 0:
+        raise ValueError(f"schedule.learning_rate.peak={rate.peak}: must be above 0")
+    if config.train.zero_stage not in (0, 1, 2, 3):
+        raise ValueError(f"train.zero_stage={config.train.zero_stage}: choose 0, 1, 2 or 3")
+    if config.train.precision is Precision.bf16 and config.train.zero_stage == 0:
+        raise ValueError("train.precision=bf16 with train.zero_stage=0 keeps no sharded fp32 state: set train.zero_stage=1")
+
+
+def _data(config: Config) -> None:
+    if not config.data.train:
+        raise ValueError("data.train is empty: give at least one source, or take one of the data= configs")
+    for group in ("train", "heldout"):
+        sources: list[SourceConfig] = getattr(config.data, group)
+        for index, source in enumerate(sources):
+            if not source.path:
+                raise ValueError(f"data.{group}[{index}].path is empty: give a file, folder, glob or hub dataset name")
+    if not config.data.heldout and config.data.heldout_fraction == 0:
+        raise ValueError(
+            "data.heldout is empty and data.heldout_fraction=0: give held-out sources or a fraction of the documents, "
+            "for example data.heldout_fraction=0.01"
+        )
+
+
+def _batch(config: Config) -> None:
+    """Rows must share out evenly over micro-batches and ranks, in every stage."""
+    processes = config.launch.processes
+    for index, stage in enumerate(config.schedule.stages):
+        context = stage.context_length
+        if context < 2:
+            continue  # build_schedule refuses it with its own message
+        rows = config.train.tokens_per_step // context
+        micro = micro_batch_rows(config, context)
+        if rows % (processes * micro):
+            raise ValueError(
+                f"schedule.stages[{index}]: {rows} rows of {context} tokens a step (train.tokens_per_step="
+                f"{config.train.tokens_per_step}) do not share out over launch.processes={processes} x {micro} rows a "
+                f"micro-batch: make tokens_per_step a multiple of {context * processes * micro}"
+            )
+
+
+def micro_batch_rows(config: Config, context_length: int) -> int:
+    """Rows that a rank reads in one pass at this context length."""
+    tokens = config.train.micro_batch_tokens
+    return 1 if tokens is None else max(1, tokens // context_length)

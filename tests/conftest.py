@@ -1,0 +1,77 @@
+"""Small made things that several tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import TINY_LLAMA
+
+from moba_train.config import (
+    AttentionKind,
+    Config,
+    Device,
+    ModelConfig,
+    SourceConfig,
+    StageAttentionConfig,
+    StageConfig,
+    WandbMode,
+)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory) -> Path:
+    """A folder with train/ and heldout/ text files, and the tokenizer.json trained on them."""
+    from moba_train.data.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("corpus")
+    words = ["the", "whale", "and", "sea", "sailed", "under", "a", "white", "moon", "to", "harbour", "again"]
+    generator = torch.Generator().manual_seed(1)
+
+    def text(count: int) -> str:
+        drawn = torch.randint(len(words), (count,), generator=generator)
+        return " ".join(words[i] for i in drawn.tolist())
+
+    texts = {"train/a": text(3000), "train/b": text(1500), "train/c": text(70), "heldout/d": text(800)}
+    for name, content in texts.items():
+        file = folder / f"{name}.txt"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(content)
+    train_tokenizer(texts.values(), 300).backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def tiny_config(tiny_corpus: Path, tmp_path: Path) -> Config:
+    """Two stages, MoBA at 128 tokens and full at 256, six steps in all."""
+    config = Config()
+    config.run.name, config.run.dir = "tiny", str(tmp_path / "runs")
+    config.model = ModelConfig(
+        name="tiny_llama", architecture=dict(TINY_LLAMA), tokenizer=str(tiny_corpus / "tokenizer.json")
+    )
+    config.attention.block_size, config.attention.top_k = 16, 2
+    config.data.name = "tiny"
+    config.data.train = [SourceConfig(name="train", path=str(tiny_corpus / "train"))]
+    config.data.heldout = [SourceConfig(name="heldout", path=str(tiny_corpus / "heldout"))]
+    config.data.store_dir = str(tiny_corpus / "store")
+    config.schedule.stages = [
+        StageConfig("moba", tokens=2048, context_length=128),
+        StageConfig(
+            "full", tokens=1024, context_length=256, attention=StageAttentionConfig(kind=AttentionKind.full)
+        ),
+    ]
+    config.train.tokens_per_step = 512
+    config.train.loss_tile_tokens = 100
+    config.position_loss.bin_size = 32
+    config.evaluate.rows = 2
+    config.checkpoint.every_steps = 2
+    config.wandb.mode = WandbMode.disabled
+    config.launch.device = Device.cpu
+    config.launch.threads = 1
+    return config

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moba_train import hf_attention
+from moba_train.attention.spec import AttentionSpec
+from tiny import TINY_LLAMA
+
+FULL = AttentionSpec("full")
+MOBA = AttentionSpec("moba", block_size=16, top_k=2)
+ARCHITECTURES = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+}
+
+
+def pair(kind: str = "llama", **changes: object):
+    """The same random model with transformers' own eager attention and with ours."""
+    hf_attention.register()
+    keywords = {**TINY_LLAMA, **ARCHITECTURES[kind], **changes}
+    keywords.pop("model_type")
+    models = []
+    for implementation in ("eager", hf_attention.NAME):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **keywords)
+        models.append(AutoModelForCausalLM.from_config(config, attn_implementation=implementation))
+    return models
+
+
+def loss_and_gradients(model, ids, **keywords):
+    logits = model(ids, use_cache=False, **keywords).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    return loss, torch.autograd.grad(loss, list(model.parameters()))
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("plan", ["full", "moba that covers all"])
+def test_dense_equals_transformers(kind: str, plan: str) -> None:
+    theirs, ours = pair(kind)
+    spec = FULL if plan == "full" else AttentionSpec("moba", block_size=16, top_k=7)
+    hf_attention.set_plan(ours, [spec] * 3)
+    ids = torch.randint(300, (2, 100))
+    loss, gradients = loss_and_gradients(ours, ids)
+    expected, expected_gradients = loss_and_gradients(theirs, ids)
+    assert abs(loss - expected) < 1e-5
+    for got, want in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_no_parameter_is_added_or_renamed() -> None:
+    theirs, ours = pair()
+    hf_attention.set_plan(ours, [MOBA] * 3)
+    assert list(theirs.state_dict()) == list(ours.state_dict())
+
+
+def test_the_plan_is_by_layer() -> None:
+    ids = torch.randint(300, (1, 100))
+    _, ours = pair()
+    seen = {}
+    for name, plan in {
+        "full": [FULL] * 3,
+        "moba": [MOBA] * 3,
+        "last full": [MOBA, MOBA, FULL],
+        "first full": [FULL, MOBA, MOBA],
+    }.items():
+        hf_attention.set_plan(ours, plan)
+        seen[name] = ours(ids, use_cache=False).logits
+    tensors = list(seen.values())
+    assert all(not torch.equal(a, b) for i, a in enumerate(tensors) for b in tensors[:i])
+
+
+@pytest.mark.parametrize("spec", [FULL, MOBA], ids=lambda spec: spec.kind)
+@pytest.mark.parametrize("given", ["position_ids", "bounds"])
+def test_packed_segments_do_not_see_each_other(spec: AttentionSpec, given: str) -> None:
+    _, ours = pair()
+    hf_attention.set_plan(ours, [spec] * 3)
+    ids = torch.randint(300, (1, 90))
+    lengths = [33, 1, 56]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    keywords = {"position_ids": positions}
+    if given == "bounds":
+        # Fixed capacity: the end is repeated.
+        keywords["cu_seq_lens_q"] = torch.tensor([0, 33, 34, 90, 90, 90], dtype=torch.int32)
+        keywords["max_length_q"] = 90
+    packed = ours(ids, use_cache=False, **keywords).logits
+    alone = [ours(part, use_cache=False).logits for part in ids.split(lengths, dim=1)]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-5)
+
+
+def test_recomputation_gives_the_same_gradients() -> None:
+    _, ours = pair()
+    hf_attention.set_plan(ours, [MOBA] * 3)
+    ours.train()
+    ids = torch.randint(300, (2, 64))
+    _, plain = loss_and_gradients(ours, ids)
+    ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _, recomputed = loss_and_gradients(ours, ids)
+    for got, want in zip(recomputed, plain, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_custom_scaling_is_honoured() -> None:
+    theirs, ours = pair()
+    for model in (theirs, ours):
+        for layer in model.model.layers:
+            layer.self_attn.scaling = 0.05
+    hf_attention.set_plan(ours, [FULL] * 3)
+    ids = torch.randint(300, (1, 40))
+    torch.testing.assert_close(ours(ids, use_cache=False).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_of_ones_is_fine_and_padding_is_refused() -> None:
+    theirs, ours = pair()
+    hf_attention.set_plan(ours, [FULL] * 3)
+    ids = torch.randint(300, (2, 20))
+    mask = torch.ones_like(ids)
+    torch.testing.assert_close(
+        ours(ids, attention_mask=mask, use_cache=False).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5
+    )
+    mask[1, 15:] = 0
+    with pytest.raises(ValueError, match="attention_mask has zeros"):
+        ours(ids, attention_mask=mask, use_cache=False)
+    with pytest.raises(ValueError, match="cannot be honoured"):
+        ours(ids, attention_mask=torch.zeros(2, 1, 20, 20), use_cache=False)
+
+
+def test_decoding_from_a_cache_is_refused() -> None:
+    _, ours = pair()
+    hf_attention.set_plan(ours, [FULL] * 3)
+    ids = torch.randint(300, (1, 20))
+    cache = ours(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"1 queries against 21 keys.*use_cache=False"):
+        ours(ids[:, :1], past_key_values=cache)
+
+
+def test_sliding_windows_and_dropout_are_refused() -> None:
+    _, ours = pair("mistral", sliding_window=32)
+    hf_attention.set_plan(ours, [FULL] * 3)
+    with pytest.raises(ValueError, match="sliding_window=32"):
+        ours(torch.randint(300, (1, 20)), use_cache=False)
+    _, ours = pair(attention_dropout=0.1)
+    hf_attention.set_plan(ours.train(), [FULL] * 3)
+    with pytest.raises(ValueError, match=r"attention_dropout=0\.1"):
+        ours(torch.randint(300, (1, 20)), use_cache=False)
+
+
+def test_plans_that_do_not_fit_are_refused() -> None:
+    _, ours = pair()
+    with pytest.raises(ValueError, match="no attention plan"):
+        ours(torch.randint(300, (1, 20)), use_cache=False)
+    with pytest.raises(ValueError, match="2 entries for 3 layers"):
+        hf_attention.set_plan(ours, [FULL] * 2)
+    with pytest.raises(ValueError, match=r"attention\.backend=fast is unknown: choose from auto, .*reference"):
+        hf_attention.set_plan(ours, [FULL] * 3, backend="fast")
+
+
+def test_a_dense_checkpoint_loads_and_saves_unchanged(tmp_path) -> None:
+    theirs, _ = pair()
+    theirs.save_pretrained(tmp_path / "dense")
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", attn_implementation=hf_attention.NAME)
+    hf_attention.set_plan(ours, [MOBA] * 3)
+    ours.save_pretrained(tmp_path / "again")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "dense" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()

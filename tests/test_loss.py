@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moba_train.loss import IGNORE, shift_labels, tiled_losses
+
+
+def test_shift_gives_each_position_its_rows_next_label() -> None:
+    labels = torch.tensor([[IGNORE, 5, 6], [IGNORE, 8, IGNORE]])
+    assert shift_labels(labels).tolist() == [[5, 6, IGNORE], [8, IGNORE, IGNORE]]
+
+
+@pytest.mark.parametrize("tile", [1, 7, 64, 1000])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_tiles_equal_whole_logits(tile: int, bias: bool) -> None:
+    layer = nn.Linear(8, 50, bias=bias)
+    hidden = torch.randn(64, 8, requires_grad=True)
+    targets = torch.randint(50, (64,))
+    targets[::5] = IGNORE
+    weights = torch.rand(64)
+
+    whole = F.cross_entropy(layer(hidden), targets, ignore_index=IGNORE, reduction="none")
+    expected = torch.autograd.grad((whole * weights).sum(), [hidden, *layer.parameters()])
+    tiled = tiled_losses(hidden, layer, targets, tile)
+    gradients = torch.autograd.grad((tiled * weights).sum(), [hidden, *layer.parameters()])
+
+    assert tiled[::5].eq(0).all()
+    torch.testing.assert_close(tiled, whole)
+    for got, want in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_only_a_tile_of_logits_exists() -> None:
+    sizes = []
+    layer = nn.Linear(8, 50)
+    layer.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    tiled_losses(torch.randn(64, 8, requires_grad=True), layer, torch.randint(50, (64,)), 16).sum().backward()
+    assert sizes == [16] * 8  # four tiles, each once forward and once more in the backward pass
+
+
+def test_losses_are_fp32_whatever_the_model_is() -> None:
+    layer = nn.Linear(8, 50).to(torch.bfloat16)
+    losses = tiled_losses(torch.randn(4, 8, dtype=torch.bfloat16), layer, torch.randint(50, (4,)), 2)
+    assert losses.dtype is torch.float32

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+
+from moba_train.config import AttentionKind, Config, DecayShape, StageConfig, StageLearningRateConfig
+from moba_train.schedule import build_schedule
+
+
+def test_stages_follow_at_whole_steps(tiny_config: Config) -> None:
+    schedule = build_schedule(tiny_config)
+    assert [(s.name, s.first_step, s.end_step) for s in schedule.stages] == [("moba", 0, 4), ("full", 4, 6)]
+    assert [schedule.stage_at(step).name for step in range(7)] == ["moba"] * 4 + ["full"] * 3
+    assert schedule.total_tokens == 6 * 512
+    assert schedule.longest_context == 256
+
+
+def test_shares_are_of_the_run(tiny_config: Config) -> None:
+    tiny_config.schedule.tokens = 100 * 512
+    for stage, share in zip(tiny_config.schedule.stages, (0.9, 0.1), strict=True):
+        stage.tokens, stage.share = None, share
+    assert [s.steps for s in build_schedule(tiny_config).stages] == [90, 10]
+
+
+def test_plan_keeps_the_last_layers_full(tiny_config: Config) -> None:
+    tiny_config.attention.full_layers = 1
+    moba, full = build_schedule(tiny_config).stages
+    assert [spec.kind for spec in moba.plan(3)] == ["moba", "moba", "full"]
+    assert (moba.plan(3)[0].block_size, moba.plan(3)[0].top_k) == (16, 2)
+    assert [spec.kind for spec in full.plan(3)] == ["full"] * 3
+    assert moba.sparsity == pytest.approx(1 - 32 / 128)
+    assert full.sparsity == 0
+    assert "sparsity 75.0 %" in moba.describe()
+
+
+def test_a_stage_overrides_the_runs_plan(tiny_config: Config) -> None:
+    tiny_config.schedule.stages[0].attention.top_k = 5
+    tiny_config.schedule.stages[0].attention.block_size = 8
+    stage = build_schedule(tiny_config).stages[0]
+    assert (stage.block_size, stage.top_k, stage.kind) == (8, 5, AttentionKind.moba)
+
+
+@pytest.mark.parametrize("shape", list(DecayShape), ids=lambda shape: shape.name)
+def test_learning_rate_warms_up_holds_and_decays(tiny_config: Config, shape: DecayShape) -> None:
+    tiny_config.schedule.stages = [StageConfig("only", tokens=100 * 512, context_length=128)]
+    rate = tiny_config.schedule.learning_rate
+    rate.peak, rate.warmup_share, rate.decay_share, rate.final_ratio, rate.shape = 2.0, 0.1, 0.4, 0.25, shape
+    values = [build_schedule(tiny_config).learning_rate(step) for step in range(100)]
+    assert values[0] == pytest.approx(0.2)
+    assert values[9:60] == pytest.approx([2.0] * 51)
+    assert values[99] == pytest.approx(0.5)
+    assert values[79] == pytest.approx(1.25)  # half of the decay: both shapes pass its middle
+    assert all(a > b for a, b in zip(values[60:], values[61:], strict=False))
+
+
+def test_a_stage_may_have_its_own_learning_rate(tiny_config: Config) -> None:
+    tiny_config.schedule.stages[1].learning_rate = StageLearningRateConfig(start=1.0, end=0.0)
+    tiny_config.schedule.learning_rate.peak = 1.0
+    schedule = build_schedule(tiny_config)
+    assert [schedule.learning_rate(step) for step in (4, 5)] == pytest.approx([0.5, 0.0])
+
+
+def _stage(config: Config, **changes: object) -> None:
+    for name, value in changes.items():
+        setattr(config.schedule.stages[0], name, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.schedule.stages.clear(), "schedule.stages is empty"),
+        (lambda c: _stage(c, share=0.5), r"stages\[0\] has tokens=2048 and share=0.5: give exactly one"),
+        (lambda c: _stage(c, tokens=None), r"stages\[0\] has tokens=None and share=None: give exactly one"),
+        (lambda c: _stage(c, tokens=0), r"stages\[0\].tokens=0: must be at least 1"),
+        (lambda c: _stage(c, tokens=None, share=0.5), r"share=0.5 needs schedule.tokens"),
+        (lambda c: _stage(c, tokens=None, share=1.5), r"share=1.5: must be above 0"),
+        (lambda c: _stage(c, context_length=100), r"stages\[0\].context_length=100 does not divide .*=512"),
+        (lambda c: _stage(c, name="full"), "give each stage a name of its own"),
+        (lambda c: setattr(c.attention, "top_k", 0), "attention.top_k=0: must be at least 1"),
+        (
+            lambda c: setattr(c.schedule.stages[0].attention, "block_size", 0),
+            r"schedule.stages\[0\].attention.block_size=0: must be at least 1",
+        ),
+    ],
+)
+def test_bad_schedules_name_key_value_and_fix(tiny_config: Config, change, message: str) -> None:
+    change(tiny_config)
+    with pytest.raises(ValueError, match=message):
+        build_schedule(tiny_config)
+
+
+def test_shares_must_add_up(tiny_config: Config) -> None:
+    tiny_config.schedule.tokens = 5120
+    for stage in tiny_config.schedule.stages:
+        stage.tokens, stage.share = None, 0.4
+    with pytest.raises(ValueError, match=r"sum 0.8: they must add up to 1"):
+        build_schedule(tiny_config)
