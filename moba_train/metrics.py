@@ -130,6 +130,11 @@ class Throughput:
         finally:
             self._since += self._clock() - start
 
+    def restart(self) -> None:
+        """Forget the steps the rates are taken over and the time since the last: a stage of another speed begins."""
+        self._steps.clear()
+        self._since = self._clock()
+
     @property
     def tokens_per_second(self) -> float:
         """Over the last steps, all ranks together; 0.0 before the first."""

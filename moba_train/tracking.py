@@ -14,10 +14,12 @@ import queue
 import re
 import secrets
 import threading
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from moba_train.config import WandbConfig, WandbMode
+from moba_train.metrics_file import read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -168,8 +170,8 @@ class _WandbThread:
 
 
 def redact(config: Any) -> Any:
-    """A copy without secrets: strings under a name such as ``api_key``, ``token`` or ``password``, and the values of
-    environment variables so named wherever they occur in a string."""
+    """A copy without secrets, of plain values: strings under a name such as ``api_key``, ``token`` or ``password`` are
+    hidden, and the values of environment variables so named wherever they occur; an Enum becomes its name."""
     values = [
         value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET
     ]
@@ -181,6 +183,8 @@ def _redact(value: Any, secret_values: list[str], name: str = "") -> Any:
         return {key: _redact(inner, secret_values, str(key)) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_redact(inner, secret_values, name) for inner in value]
+    if isinstance(value, Enum):
+        return value.name
     if not isinstance(value, str):
         return value
     if value and _SECRET_NAME.search(name):
@@ -238,20 +242,13 @@ def format_amount(number: float) -> str:
 
 
 def _cut(path: Path, first_step: int) -> None:
-    """Keep the rows up to ``first_step``. A last line cut short by a kill goes too. The file is replaced whole."""
+    """Keep the rows up to ``first_step``. The file is replaced whole."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if first_step > 0 and row["step"] <= first_step:
-            kept.append(line + "\n")
+    kept = [row for row in read_rows(path) if 0 < first_step >= row["step"]]
     part = path.with_suffix(".part")
     with part.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
+        file.writelines(json.dumps(row) + "\n" for row in kept)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)

@@ -173,6 +173,20 @@ def test_throughput_leaves_pauses_out_and_forgets_old_steps():
     assert (meter.tokens, meter.seconds) == (1200, 54.0)
 
 
+def test_restart_forgets_another_stages_speed():
+    clock = Clock()
+    meter = Throughput(clock=clock)
+    clock.now += 1.0
+    meter.step(1000)
+    clock.now += 30.0  # entering the stage
+    meter.restart()
+    assert meter.eta_seconds(10) is None
+    clock.now += 1.0
+    meter.step(100)
+    assert meter.tokens_per_second == 100.0
+    assert (meter.tokens, meter.seconds) == (1100, 2.0)
+
+
 def test_throughput_without_a_peak_says_nothing_of_utilisation():
     clock = Clock()
     meter = Throughput(clock=clock)

@@ -77,7 +77,7 @@ def write_run(path: Path, stages=(("moba", 0.9), ("full", 0.1)), steps=120, **op
     if options.get("finished", True):
         final = rows[-1]
         result = {
-            "status": "finished",
+            "status": "completed",
             "loss": final["eval/loss"],
             "trailing_loss": final["eval/trailing_loss"],
             "tokens": steps * STEP_TOKENS,
@@ -145,7 +145,7 @@ def test_single_run(tmp_path):
         "81.2%",
         "2m 51s",
         "hybrid_90_10-1/metrics.jsonl",
-        "finished",
+        "completed",
     ):
         assert shown in page.text
     assert "SECRET-VALUE" not in path.read_text()
@@ -181,6 +181,9 @@ def test_heat_map_needs_both_varied(tmp_path):
     for i, top_k in enumerate((2, 4)):
         write_run(tmp_path / "a" / f"{i}_attention.top_k={top_k}", steps=10, top_k=top_k)
     assert heat_map_cells(read_runs([tmp_path / "a"])) == {}
+    write_run(tmp_path / "c" / "0_x=1", steps=3, finished=False)
+    write_run(tmp_path / "c" / "1_x=2", steps=3, finished=False, block_size=64, top_k=2)
+    assert heat_map_cells(read_runs([tmp_path / "c"])) == {}
     runs = read_runs([write_sweep(tmp_path / "b", steps=10)])
     assert set(heat_map_cells(runs)) == {(b, k) for b in (64, 128, 256) for k in (2, 4)}
 
@@ -250,7 +253,4 @@ def test_refusals(tmp_path):
         build(empty)
     with pytest.raises(ValueError, match="2 paths and no place"):
         build([empty, empty])
-    (empty / "metrics.jsonl").write_text('oops\n{"step": 0, "tokens": 0}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl: line 1 is not JSON"):
-        build(empty)
     assert not (empty / "report").exists()

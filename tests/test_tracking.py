@@ -221,6 +221,7 @@ def test_redaction_is_by_word_and_by_value(monkeypatch):
         "path": ["https://user:hf_abcdefgh@host/1"],
         "empty_token": "",
         "none_key": None,
+        "mode": WandbMode.auto,
     }
     assert redact(config) == {
         **config,
@@ -229,6 +230,7 @@ def test_redaction_is_by_word_and_by_value(monkeypatch):
         "PASSWORD": REDACTED,
         "client_secret": REDACTED,
         "path": [f"https://user:{REDACTED}@host/1"],
+        "mode": "auto",
     }
 
 

@@ -11,20 +11,21 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from moba_train.report.page import ABSENT
 from moba_train.report.runs import Run
 from moba_train.report.theme import Draw, Theme
 from moba_train.tracking import format_amount
 
 
 def heat_map_cells(runs: Sequence[Run]) -> dict[tuple[int, int], list[Run]]:
-    """Runs by (block_size, top_k); empty unless both were varied."""
+    """Runs by (block_size, top_k); empty unless both were varied and some run is finished."""
     cells: dict[tuple[int, int], list[Run]] = {}
     for run in runs:
         block_size, top_k = run.setting("attention.block_size"), run.setting("attention.top_k")
         if run.setting("attention.kind", "moba") == "moba" and block_size and top_k:
             cells.setdefault((block_size, top_k), []).append(run)
     varied = all(len({key[i] for key in cells}) > 1 for i in (0, 1))
-    return cells if varied else {}
+    return cells if varied and any(run.finished for run in runs) else {}
 
 
 def draw_heat_maps(cells: dict[tuple[int, int], list[Run]]) -> Draw:
@@ -54,34 +55,34 @@ def _heat_map(
         if values:
             grid[top_ks.index(top_k), block_sizes.index(block_size)] = fmean(values)
     colors = LinearSegmentedColormap.from_list("heat", theme.heat[::-1] if low else theme.heat)
-    image = axes.imshow(grid, cmap=colors, aspect="auto", origin="lower")
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-    axes.set_xticks(range(len(block_sizes)), [f"{b:,}" for b in block_sizes])
-    axes.set_yticks(range(len(top_ks)), [str(k) for k in top_ks])
-    axes.set_xticks(np.arange(len(block_sizes) - 1) + 0.5, minor=True)
-    axes.set_yticks(np.arange(len(top_ks) - 1) + 0.5, minor=True)
-    axes.grid(True, which="minor", color=theme.paper, linewidth=3)
-    axes.tick_params(which="minor", length=0)
+    image = axes.imshow(np.ma.masked_invalid(grid), cmap=colors, aspect="auto", origin="lower")
+    axes.set_title(title)
     axes.set_xlabel("block_size (tokens)")
     axes.set_ylabel("top_k (blocks a query reads)")
-    axes.set_title(title)
+    axes.set_xticks(range(len(block_sizes)), [f"{size:,}" for size in block_sizes])
+    axes.set_yticks(range(len(top_ks)), [str(top_k) for top_k in top_ks])
+    _separate_cells(axes, grid.shape, theme)
     for (block_size, top_k), runs in cells.items():
         row, column = top_ks.index(top_k), block_sizes.index(block_size)
         value, sparsity = grid[row, column], runs[0].sparsity
-        color = theme.faint if np.isnan(value) else _readable_on(image.cmap(image.norm(value)))
-        axes.text(
-            column,
-            row + 0.08,
-            "unfinished" if np.isnan(value) else shown(value),
-            ha="center",
-            va="center",
-            color=color,
-            fontsize=9 if np.isnan(value) else 12,
-        )
-        note = "" if sparsity is None else f"{sparsity:.1%} sparse"
-        axes.text(column, row - 0.2, note, ha="center", va="center", color=color, fontsize=8)
+        if np.isnan(value):
+            text, size, color = ABSENT if any(run.finished for run in runs) else "unfinished", 9, theme.faint
+        else:
+            text, size, color = shown(value), 12, _readable_on(image.cmap(image.norm(value)))
+        centred: dict[str, Any] = {"ha": "center", "va": "center", "color": color}
+        axes.text(column, row + 0.08, text, fontsize=size, **centred)
+        if sparsity is not None:
+            axes.text(column, row - 0.2, f"{sparsity:.1%} sparse", fontsize=8, **centred)
+
+
+def _separate_cells(axes: Axes, shape: tuple[int, int], theme: Theme) -> None:
+    """A gap of paper between cells, and no frame or tick marks."""
+    axes.spines[:].set_visible(False)
+    axes.tick_params(which="both", length=0)
+    axes.set_yticks(np.arange(shape[0] - 1) + 0.5, minor=True)
+    axes.set_xticks(np.arange(shape[1] - 1) + 0.5, minor=True)
+    axes.grid(False)
+    axes.grid(True, which="minor", color=theme.paper, linewidth=3)
 
 
 def _readable_on(rgba: Any) -> str:

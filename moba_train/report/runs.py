@@ -14,6 +14,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from moba_train.metrics_file import read_rows
+
 _CURVE_KEY = "eval/position_loss/"
 
 
@@ -203,21 +205,8 @@ def _read_run(path: Path) -> Run:
     config: Any = OmegaConf.to_container(OmegaConf.load(path / "resolved.yaml"))
     result_path = path / "result.json"
     result = json.loads(result_path.read_text(encoding="utf-8")) if result_path.is_file() else None
-    return Run(path, config, _read_rows(path / "metrics.jsonl"), result)
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []  # stopped before its first row
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):  # the last line of a run that is still being written may be half there
-                raise ValueError(f"{path}: line {number} is not JSON ({error.msg}); restore the file") from None
-    return rows
+    metrics = path / "metrics.jsonl"  # not there yet where a run stopped before its first row
+    return Run(path, config, list(read_rows(metrics)) if metrics.is_file() else [], result)
 
 
 def _mean(rows: list[dict[str, Any]], key: str) -> float | None:

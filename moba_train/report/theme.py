@@ -26,7 +26,6 @@ _WIDTH = 8.8  # inches
 class Theme:
     """Colours of one page background."""
 
-    name: str
     paper: str
     ink: str
     faint: str
@@ -36,7 +35,6 @@ class Theme:
 
 
 LIGHT = Theme(
-    name="light",
     paper="#ffffff",
     ink="#1f2328",
     faint="#6b7280",
@@ -45,7 +43,6 @@ LIGHT = Theme(
     heat=("#eef4f8", "#0072B2"),
 )
 DARK = Theme(
-    name="dark",
     paper="#161b22",
     ink="#e6edf3",
     faint="#8b949e",
@@ -91,6 +88,8 @@ def _png(draw: Draw, height: float, theme: Theme) -> bytes:
         "legend.framealpha": 0.85,
         "legend.fontsize": 9,
         "lines.linewidth": 1.8,
+        "figure.constrained_layout.w_pad": 0.08,
+        "figure.constrained_layout.h_pad": 0.08,
         "lines.solid_capstyle": "round",
     }
     with matplotlib.rc_context(style):
