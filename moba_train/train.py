@@ -82,8 +82,8 @@ def build(config: Config, folder: Path, runtime: Runtime) -> Run:
         runtime.world_size,
     )
     newest = checkpoint.newest_whole(folder / "checkpoints")
-    step = checkpoint.load(newest, engine, runtime)["step"] if newest else 0
-    return Run(
+    step = checkpoint.read_state(newest)["step"] if newest else 0
+    run = Run(
         config=config,
         folder=folder,
         runtime=runtime,
@@ -97,6 +97,9 @@ def build(config: Config, folder: Path, runtime: Runtime) -> Run:
         own_rope=own_rope,
         step=step,
     )
+    if newest:  # last of all: nothing may draw a random number between this and the next step
+        checkpoint.load(newest, engine, runtime)
+    return run
 
 
 def train(run: Run) -> None:

@@ -50,16 +50,26 @@ def tiny_corpus(tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny_config(tiny_corpus: Path, tmp_path: Path) -> Config:
     """Two stages, MoBA at 128 tokens and full at 256, six steps in all."""
+    return _tiny_config(tiny_corpus, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tiny_config_module(tiny_corpus: Path, tmp_path_factory) -> Config:
+    """The same for the tests of a module that share a run; not to be changed."""
+    return _tiny_config(tiny_corpus, tmp_path_factory.mktemp("config"))
+
+
+def _tiny_config(corpus: Path, folder: Path) -> Config:
     config = Config()
-    config.run.name, config.run.dir = "tiny", str(tmp_path / "runs")
+    config.run.name, config.run.dir = "tiny", str(folder / "runs")
     config.model = ModelConfig(
-        name="tiny_llama", architecture=dict(TINY_LLAMA), tokenizer=str(tiny_corpus / "tokenizer.json")
+        name="tiny_llama", architecture=dict(TINY_LLAMA), tokenizer=str(corpus / "tokenizer.json")
     )
     config.attention.block_size, config.attention.top_k = 16, 2
     config.data.name = "tiny"
-    config.data.train = [SourceConfig(name="train", path=str(tiny_corpus / "train"))]
-    config.data.heldout = [SourceConfig(name="heldout", path=str(tiny_corpus / "heldout"))]
-    config.data.store_dir = str(tiny_corpus / "store")
+    config.data.train = [SourceConfig(name="train", path=str(corpus / "train"))]
+    config.data.heldout = [SourceConfig(name="heldout", path=str(corpus / "heldout"))]
+    config.data.store_dir = str(corpus / "store")
     config.schedule.stages = [
         StageConfig("moba", tokens=2048, context_length=128),
         StageConfig(
@@ -70,7 +80,7 @@ def tiny_config(tiny_corpus: Path, tmp_path: Path) -> Config:
     config.train.loss_tile_tokens = 100
     config.position_loss.bin_size = 32
     config.evaluate.rows = 2
-    config.checkpoint.every_steps = 2
+    config.checkpoint.every_steps, config.checkpoint.keep = 2, 3
     config.wandb.mode = WandbMode.disabled
     config.launch.device = Device.cpu
     config.launch.threads = 1

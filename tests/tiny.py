@@ -1,4 +1,17 @@
-"""The smallest model that has everything: layers, groups of query heads, RoPE."""
+"""The smallest model that has everything (layers, groups of query heads, RoPE), and how tests run it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moba_train import resolved
+from moba_train.config import Config
+from moba_train.parallel import launch
 
 TINY_LLAMA = {
     "model_type": "llama",
@@ -12,3 +25,31 @@ TINY_LLAMA = {
     "max_position_embeddings": 64,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
+
+
+def run_worker(config: Config, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a configuration in ``folder`` to its end, in a process of its own, as the command line does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / resolved.FILE).write_text(resolved.to_yaml(config))
+    command = launch.command(config.launch, folder / resolved.FILE)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint's engine files, parameters and optimizer state, by its place in them."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def walk(value: Any, name: str) -> None:
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                walk(inner, f"{name}/{key}")
+        elif isinstance(value, list | tuple):
+            for index, inner in enumerate(value):
+                walk(inner, f"{name}/{index}")
+
+    for file in sorted((path / "engine").iterdir()):
+        walk(torch.load(file, weights_only=False), file.name)  # our own files, just written
+    return tensors
