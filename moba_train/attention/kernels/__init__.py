@@ -1,0 +1,14 @@
+"""MoBA fused in Triton, for NVIDIA GPUs of compute capability 8.0 and later. One file a step, in the order of a call:
+
+pool      mean key of every block, as two half-precision terms
+select    the best earlier blocks of every query, streaming over block scores
+route     choices (by query) -> lists of queries (by block)
+forward   listed queries against their block: partial outputs
+merge     causal attention in the own block, and the merge with the partial outputs
+backward  the gradients, from the same lists
+op        the steps as differentiable PyTorch operators, and their workspace
+
+Shapes, besides the package's letters: R = top_k - 1 chosen blocks of a query. A kv head serves W = T * G rows, row
+w = t * G + g being query head k * G + g at token t, and their W * R choices: entry e = w * R + r. P parts of the tokens
+are routed side by side.
+"""

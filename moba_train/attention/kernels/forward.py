@@ -1,0 +1,83 @@
+"""Listed queries against their block: one partial output for each entry.
+
+A program owns FORWARD_ROWS entries of one (kv head, block) list, gathers their queries, and runs over the block's keys
+with an online softmax: ordinary dense matrix products, no mask. Its results go where the entry says, so that ``merge``
+finds the R partial outputs of a row side by side.
+
+Work: 4 x B x D operations an entry. Bytes an entry: D elements gathered and D elements + 4 bytes written; the block's
+keys and values come from L2, once for each FORWARD_ROWS entries.
+"""
+
+import triton
+import triton.language as tl
+
+from moba_train.attention.kernels.rows import NUMBERS, load_keys, load_rows, row_offsets, softmax_step, store_rows
+
+
+@triton.jit
+def find_tile(p_lists, p_of_list, p_offsets, p_entries, LISTS, P, i_part, n_parts, BLOCK_M: tl.constexpr):
+    """This program's list, its entries (BLOCK_M,) and which of them are real. List LISTS: nothing to do."""
+    i_list = tl.load(p_lists + tl.program_id(0))
+    o_entry = tl.zeros([BLOCK_M], tl.int32)
+    m_row = o_entry > 0
+    if i_list < LISTS:
+        i_tile = tl.program_id(0) - tl.load(p_of_list + i_list)
+        n_start = tl.load(p_offsets + i_list.to(tl.int64) * P + i_part) + i_tile * BLOCK_M
+        n_stop = tl.load(p_offsets + i_list.to(tl.int64) * P + i_part + n_parts)
+        m_row = tl.arange(0, BLOCK_M) < n_stop - n_start
+        o_entry = tl.load(p_entries + n_start + tl.arange(0, BLOCK_M), mask=m_row, other=0)
+    return i_list, o_entry, m_row
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def routed_forward_kernel(
+    p_query,
+    p_key,
+    p_value,
+    p_bounds,
+    p_lists,
+    p_of_list,
+    p_offsets,
+    p_entries,
+    p_partial,
+    p_partial_lse,
+    scale,
+    i_kv_start,
+    i_entry_start,
+    n_entries,
+    LISTS,
+    N,
+    P,
+    i_part,
+    n_parts,
+    K,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    B: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    i_list, o_entry, m_row = find_tile(p_lists, p_of_list, p_offsets, p_entries, LISTS, P, i_part, n_parts, BLOCK_M)
+    if i_list == LISTS:
+        return
+    i_kv = i_kv_start + i_list // N
+    n_token = tl.load(p_bounds + i_list % N)
+    # (BLOCK_M, BLOCK_D)
+    b_query = load_rows(p_query, row_offsets(o_entry // R, i_kv, K, G, D), m_row, D, BLOCK_D)
+    b_max = tl.full([BLOCK_M], -1.0e30, tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for n_key in range(0, B, BLOCK_N):
+        o_key = n_token + n_key + tl.arange(0, BLOCK_N)
+        # (BLOCK_N, BLOCK_D) each
+        b_key = load_keys(p_key, o_key, n_token + B, i_kv, K, D, BLOCK_D, B % BLOCK_N != 0)
+        b_scores = tl.dot(b_query, tl.trans(b_key))
+        if B % BLOCK_N != 0:
+            b_scores = tl.where((o_key < n_token + B)[None, :], b_scores, -float("inf"))
+        b_value = load_keys(p_value, o_key, n_token + B, i_kv, K, D, BLOCK_D, B % BLOCK_N != 0)
+        b_max, b_sum, b_out = softmax_step(b_scores, b_value, b_max, b_sum, b_out, scale)
+    o_partial = (i_list // N).to(tl.int64) * n_entries + (o_entry - i_entry_start)
+    store_rows(p_partial, o_partial * D, b_out / b_sum[:, None], m_row, D, BLOCK_D)
+    tl.store(p_partial_lse + o_partial, b_max + tl.log2(b_sum), mask=m_row)

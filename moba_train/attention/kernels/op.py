@@ -1,0 +1,150 @@
+"""The ``triton`` backend: the kernels as PyTorch operators, so that autograd, torch.compile and checkpointing see them.
+
+Two operators, because the choices are worth keeping: a selective checkpointing policy that saves the output of
+``moba_train::choose`` spares the recomputation its gate. ``moba_train::attend`` routes them and attends.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from moba_train.attention.blocks import cut
+from moba_train.attention.kernels.launch import attend as launch_attend
+from moba_train.attention.kernels.launch import attend_backward as launch_attend_backward
+from moba_train.attention.kernels.pool import pool
+from moba_train.attention.kernels.select import choice_type, select
+from moba_train.attention.spec import AttentionSpec
+
+SMALLEST_BLOCK = 16  # keys of the smallest tensor-core product
+LARGEST_HEAD_DIM = 256
+MOST_ENTRIES = 1 << 31  # of one kv head: entries are counted in int32
+
+
+@torch.library.custom_op("moba_train::choose", mutates_args=())
+def choose(query: Tensor, key: Tensor, cu_seqlens: Tensor, block_size: int, top_k: int) -> Tensor:
+    """The gate: (K, T, G, top_k - 1) blocks of each query, counted from its segment's first (see ``select``)."""
+    query, key = query.contiguous(), key.contiguous()
+    tokens, heads, _ = query.shape
+    kv_heads = key.shape[1]
+    if top_k == 1:
+        shape = (kv_heads, tokens, heads // kv_heads, 0)
+        return torch.empty(shape, dtype=choice_type(tokens, block_size), device=query.device)
+    blocks = cut(cu_seqlens, block_size, tokens)
+    return select(query, *pool(key, blocks), blocks, block_size, top_k - 1)
+
+
+@choose.register_fake
+def _(query: Tensor, key: Tensor, cu_seqlens: Tensor, block_size: int, top_k: int) -> Tensor:
+    tokens, heads, _ = query.shape
+    shape = (key.shape[1], tokens, heads // key.shape[1], top_k - 1)
+    return query.new_empty(shape, dtype=choice_type(tokens, block_size))
+
+
+@torch.library.custom_op("moba_train::attend", mutates_args=())
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, choices: Tensor, block_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out (T, H, D), log-sum-exp (K, T * G)) of attention to the chosen blocks and the own one."""
+    blocks = cut(cu_seqlens, block_size, len(query))
+    return launch_attend(
+        query.contiguous(), key.contiguous(), value.contiguous(), blocks, choices.contiguous(), block_size, scale
+    )
+
+
+@attend.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, choices: Tensor, block_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    tokens, heads, _ = query.shape
+    kv_heads = key.shape[1]
+    lse = query.new_empty((kv_heads, tokens * (heads // kv_heads)), dtype=torch.float32)
+    return query.new_empty(query.shape), lse
+
+
+@torch.library.custom_op("moba_train::attend_backward", mutates_args=())
+def attend_backward(
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    choices: Tensor,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dQ, dK, dV)."""
+    blocks = cut(cu_seqlens, block_size, len(query))
+    tensors = [tensor.contiguous() for tensor in (d_out, query, key, value, out, lse)]
+    return launch_attend_backward(*tensors, blocks, choices.contiguous(), block_size, scale)
+
+
+@attend_backward.register_fake
+def _(
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    choices: Tensor,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    query, key, value, cu_seqlens, choices, ctx.block_size, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(query, key, value, out, lse, cu_seqlens, choices)
+
+
+def _gradients(ctx, d_out: Tensor, _d_lse: Tensor):
+    gradients = attend_backward(d_out, *ctx.saved_tensors, ctx.block_size, ctx.scale)
+    return *gradients, None, None, None, None
+
+
+attend.register_autograd(_gradients, setup_context=_save)
+
+
+def refuses(query: Tensor, key: Tensor, spec: AttentionSpec) -> str | None:
+    """Why the kernels cannot serve these tensors; None if they can."""
+    if spec.kind != "moba":
+        return f"it computes moba, not {spec.kind}"
+    block_size, top_k = spec.moba
+    if query.device.type != "cuda" and not triton.knobs.runtime.interpret:
+        return f"it needs a CUDA device and the tensors are on {query.device}"
+    if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "it needs compute capability 8.0 or later"
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bfloat16 or float16, not {query.dtype}"
+    if query.shape[-1] > LARGEST_HEAD_DIM or query.shape[-1] % 8:
+        return f"head_dim {query.shape[-1]} is not a multiple of 8 up to {LARGEST_HEAD_DIM}"
+    if block_size < SMALLEST_BLOCK:
+        return f"block_size {block_size} is below {SMALLEST_BLOCK}"
+    entries = query.shape[0] * (query.shape[1] // key.shape[1]) * (top_k - 1)
+    if entries >= MOST_ENTRIES:
+        return f"{entries} choices of one kv head do not fit 32 bits; use a smaller top_k or fewer tokens"
+    return None
+
+
+def triton_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, spec: AttentionSpec, scale: float
+) -> Tensor:
+    """MoBA in fused kernels, with a bitwise repeatable forward and backward. Arguments and result as in ``reference``.
+
+    Raises:
+        ValueError: a scale that is not positive.
+    """
+    block_size, top_k = spec.moba
+    if not scale > 0:
+        raise ValueError(f"scale is {scale}; the triton backend needs one above 0")
+    choices = choose(query.detach(), key.detach(), cu_seqlens, block_size, top_k)
+    out, _ = attend(query, key, value, cu_seqlens, choices, block_size, scale)
+    return out
