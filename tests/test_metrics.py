@@ -142,6 +142,22 @@ def test_all_reduce_over_two_processes():
     torch.multiprocessing.spawn(_two_ranks, args=(port,), nprocs=2)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_adding_on_cuda_waits_for_nothing_and_equals_the_cpu():
+    part = packed([50, 64, 14], 64)
+    on_cpu, on_cuda = PositionLoss(64, 10), PositionLoss(64, 10, "cuda")
+    on_cpu.add(*part)
+    moved = [tensor.cuda() for tensor in part]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        on_cuda.add(*moved)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert on_cuda.as_row("x", True) == pytest.approx(on_cpu.as_row("x", True), rel=1e-12)
+    assert 0 < memory_gb("cuda") < 1000 and peak_flops("cuda", torch.bfloat16) > 1e12
+
+
 @pytest.mark.parametrize(("length", "size", "name"), [(0, 4, "context_length=0"), (8, 0, "bin_size=0")])
 def test_refuses_empty_bins(length, size, name):
     with pytest.raises(ValueError, match=name):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from moba_train.report import build
-from moba_train.report.heat_map import heat_map_cells
+from moba_train.report.heat_map import heat_map_cells, line_numbers
 from moba_train.report.runs import read_runs
 
 CONTEXT, BIN, STEP_TOKENS = 2048, 256, 16384
@@ -142,7 +142,7 @@ def test_single_run(tmp_path):
         "after moba",
         "after full",
         "MoBA, 3 blocks of 128",
-        "81.2%",
+        "81.25%",
         "2m 51s",
         "hybrid_90_10-1/metrics.jsonl",
         "completed",
@@ -186,6 +186,8 @@ def test_heat_map_needs_both_varied(tmp_path):
     assert heat_map_cells(read_runs([tmp_path / "c"])) == {}
     runs = read_runs([write_sweep(tmp_path / "b", steps=10)])
     assert set(heat_map_cells(runs)) == {(b, k) for b in (64, 128, 256) for k in (2, 4)}
+    assert line_numbers(runs) == [0, 7, 1, 8, 2, 9]  # seven colours: by block_size; dashes: by top_k
+    assert line_numbers(read_runs([tmp_path / "a"])) == [0, 1]
 
 
 def test_runs_stand_in_the_order_of_their_numbers(tmp_path):

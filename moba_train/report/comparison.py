@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from moba_train.report import figures
-from moba_train.report.heat_map import draw_heat_maps, heat_map_cells
+from moba_train.report.figures import Curve
+from moba_train.report.heat_map import draw_heat_maps, heat_map_cells, line_numbers
 from moba_train.report.page import Cell, Picture, Section, Table, html, loss_text, rate_text, share_text
 from moba_train.report.runs import Run
 from moba_train.report.theme import render
@@ -25,12 +27,13 @@ def comparison_page(runs: list[Run], paths: list[Path]) -> tuple[str, list[Pictu
                 1.5 + 0.75 * len({top_k for _, top_k in cells}),
                 "Trailing loss and tokens per second by block_size and top_k",
                 "Left: held-out trailing loss, lower is better; right: training tokens per second. Stronger colour is "
-                "better in both. In each cell: the sparsity, 1 - top_k x block_size / context length. A cell with "
-                f"several runs shows their mean. From result.json and metrics.jsonl of each run in {where}.",
+                "better in both. Below in each cell: the sparsity, 1 - top_k x block_size / context length. A cell "
+                f"with several runs shows their mean. From result.json and metrics.jsonl of each run in {where}.",
             )
         )
         sections.append(Section("block_size x top_k", [pictures[-1]]))
-    if trained := [(name, run) for name, run in zip(names, runs, strict=True) if run.train_rows]:
+    lines = [Curve(*labelled) for labelled in zip(names, line_numbers(runs), runs, strict=True)]
+    if trained := [line for line in lines if line.run.train_rows]:
         pictures.append(
             render(
                 "trailing_loss",
@@ -42,8 +45,8 @@ def comparison_page(runs: list[Run], paths: list[Path]) -> tuple[str, list[Pictu
             )
         )
         sections.append(Section("Trailing loss", [pictures[-1]]))
-    readings = ((name, run, run.points[-1]) for name, run in zip(names, runs, strict=True) if run.points)
-    if curves := [curve for curve in readings if curve[2].step and curve[2].curve]:
+    readings = [replace(line, point=line.run.points[-1]) for line in lines if line.run.points]
+    if curves := [reading for reading in readings if reading.point and reading.point.step and reading.point.curve]:
         pictures.append(
             render(
                 "position_loss",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,7 +16,15 @@ from moba_train.tracking import format_amount
 
 ENLARGED_SHARE = 0.4  # of the tokens, at the end, that an enlarged part shows
 
-Curve = tuple[str, Run, Point]  # a reading of a run's held-out set and its name in the legend
+
+@dataclass(frozen=True)
+class Curve:
+    """A run, or one reading of its held-out set, as a line of a picture with several."""
+
+    name: str  # in the legend
+    line: int  # which of the theme's lines
+    run: Run
+    point: Point | None = None
 
 
 def draw_losses(run: Run) -> Draw:
@@ -67,13 +76,13 @@ def draw_position_losses(curves: Sequence[Curve]) -> Draw:
     ones are drawn once more without it: a base that fails beyond its context would press them flat."""
 
     def draw(figure: Figure, theme: Theme) -> None:
-        later = [i for i, (_, _, point) in enumerate(curves) if point.step > 0]
-        views = [range(len(curves))] + ([later] if 0 < len(later) < len(curves) else [])
+        later = [curve for curve in curves if curve.point and curve.point.step > 0]
+        views = [curves, later] if 0 < len(later) < len(curves) else [curves]
         panels = figure.subplots(1, len(views), squeeze=False)[0]
         for axes, view in zip(panels, views, strict=True):
-            for i in view:
-                _plot_curve(axes, curves[i], theme, i)
-            context_length = max(run.context_length for _, run, _ in curves)
+            for curve in view:
+                _plot_curve(axes, curve, theme)
+            context_length = max(curve.run.context_length for curve in curves)
             axes.set_xlim(0, context_length)
             axes.set_xticks(np.linspace(0, context_length, 9 if len(views) == 1 else 5))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
@@ -87,13 +96,13 @@ def draw_position_losses(curves: Sequence[Curve]) -> Draw:
     return draw
 
 
-def _plot_curve(axes: Axes, curve: Curve, theme: Theme, i: int) -> None:
-    name, run, point = curve
-    starts = np.array(sorted(point.curve))
-    centres = (starts + np.minimum(starts + run.bin_size, run.context_length)) / 2
-    losses = [point.curve[start] for start in starts]
+def _plot_curve(axes: Axes, curve: Curve, theme: Theme) -> None:
+    losses = curve.point.curve if curve.point else {}
+    starts = np.array(sorted(losses))
+    centres = (starts + np.minimum(starts + curve.run.bin_size, curve.run.context_length)) / 2
     marker = "o" if len(starts) <= 32 else None
-    axes.plot(centres, losses, label=name, marker=marker, markersize=4, **line_style(theme, i))
+    style = line_style(theme, curve.line)
+    axes.plot(centres, [losses[start] for start in starts], label=curve.name, marker=marker, markersize=4, **style)
 
 
 def draw_throughput(run: Run) -> Draw:
@@ -111,25 +120,26 @@ def draw_throughput(run: Run) -> Draw:
     return draw
 
 
-def draw_trailing_overlay(runs: Sequence[tuple[str, Run]]) -> Draw:
+def draw_trailing_overlay(curves: Sequence[Curve]) -> Draw:
     """Every run's smoothed training trailing loss over tokens: all of it, and the last part enlarged."""
 
     def draw(figure: Figure, theme: Theme) -> None:
         whole, end = figure.subplots(1, 2)
-        last = max(run.tokens for _, run in runs)
+        last = max(curve.run.tokens for curve in curves)
         first = _first_enlarged(last)
-        for i, (name, run) in enumerate(runs):
-            tokens, _ = _series(run, "train/trailing_loss")
-            losses = _smooth(run, "train/trailing_loss")
-            whole.plot(tokens, losses, label=name, **line_style(theme, i))
-            end.plot(tokens[tokens >= first], losses[tokens >= first], **line_style(theme, i))
+        for curve in curves:
+            tokens, _ = _series(curve.run, "train/trailing_loss")
+            losses = _smooth(curve.run, "train/trailing_loss")
+            style = line_style(theme, curve.line)
+            whole.plot(tokens, losses, label=curve.name, **style)
+            end.plot(tokens[tokens >= first], losses[tokens >= first], **style)
         for axes in (whole, end):
             _tokens_axis(axes, last, ticks=5)
         end.set_xlim(left=first)
         whole.set_title("whole run")
         end.set_title(f"last {ENLARGED_SHARE:.0%} of the tokens, enlarged")
         whole.set_ylabel("trailing loss (nats per token)")
-        add_legend(figure, whole, len(runs))
+        add_legend(figure, whole, len(curves))
 
     return draw
 

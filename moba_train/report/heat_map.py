@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from moba_train.report.page import ABSENT
+from moba_train.report.page import ABSENT, share_text
 from moba_train.report.runs import Run
-from moba_train.report.theme import Draw, Theme
+from moba_train.report.theme import LIGHT, Draw, Theme
 from moba_train.tracking import format_amount
 
 
@@ -26,6 +26,20 @@ def heat_map_cells(runs: Sequence[Run]) -> dict[tuple[int, int], list[Run]]:
             cells.setdefault((block_size, top_k), []).append(run)
     varied = all(len({key[i] for key in cells}) > 1 for i in (0, 1))
     return cells if varied and any(run.finished for run in runs) else {}
+
+
+def line_numbers(runs: Sequence[Run]) -> list[int]:
+    """Which of the theme's lines each run is: in order, or, for a heat map's runs, colour by block_size and dashes by
+    top_k."""
+    cells = heat_map_cells(runs)
+    if sum(map(len, cells.values())) < len(runs):
+        return list(range(len(runs)))
+    block_sizes, top_ks = _axes_values(cells)
+    numbers = {}
+    for block_size, top_k in cells:
+        color = block_sizes.index(block_size) % len(LIGHT.lines)
+        numbers[block_size, top_k] = color + len(LIGHT.lines) * top_ks.index(top_k)
+    return [numbers[run.setting("attention.block_size"), run.setting("attention.top_k")] for run in runs]
 
 
 def draw_heat_maps(cells: dict[tuple[int, int], list[Run]]) -> Draw:
@@ -48,7 +62,7 @@ def _heat_map(
     theme: Theme,
     low: bool,
 ) -> None:
-    block_sizes, top_ks = (sorted({key[i] for key in cells}) for i in (0, 1))
+    block_sizes, top_ks = _axes_values(cells)
     grid = np.full((len(top_ks), len(block_sizes)), np.nan)
     for (block_size, top_k), runs in cells.items():
         values = [value for run in runs if run.finished and (value := getattr(run, attribute)) is not None]
@@ -72,7 +86,13 @@ def _heat_map(
         centred: dict[str, Any] = {"ha": "center", "va": "center", "color": color}
         axes.text(column, row + 0.08, text, fontsize=size, **centred)
         if sparsity is not None:
-            axes.text(column, row - 0.2, f"{sparsity:.1%} sparse", fontsize=8, **centred)
+            note = share_text(sparsity) + (" sparse" if len(block_sizes) <= 4 else "")
+            axes.text(column, row - 0.2, note, fontsize=8, **centred)
+
+
+def _axes_values(cells: dict[tuple[int, int], list[Run]]) -> tuple[list[int], list[int]]:
+    """The block sizes and the top_ks that occur, each rising."""
+    return sorted({block_size for block_size, _ in cells}), sorted({top_k for _, top_k in cells})
 
 
 def _separate_cells(axes: Axes, shape: tuple[int, int], theme: Theme) -> None:

@@ -167,4 +167,4 @@ def rate_text(value: float | None) -> str:
 
 
 def share_text(value: float | None) -> str:
-    return ABSENT if value is None else f"{value:.1%}"
+    return ABSENT if value is None else f"{value:.2%}"

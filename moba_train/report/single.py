@@ -22,14 +22,15 @@ def single_page(run: Run) -> tuple[str, list[Picture]]:
                 figures.draw_losses(run),
                 3.9,
                 "Loss and trailing loss over tokens, stage ends marked",
-                "Next-token loss over tokens. Thin: each logged step; thick: the mean of "
-                f"{window} step{'s' * (window > 1)}; circles: the held-out set; right: "
+                "Next-token loss over tokens. Thin: each logged step; thick: its mean over "
+                f"{window} logged step{'s' * (window > 1)}; circles: the held-out set; right: "
                 f"the last {figures.ENLARGED_SHARE:.0%} of the tokens enlarged. Trailing loss is that of the last "
                 f"{run.bin_size:,} positions of segments that fill the context. Dashed: a stage ends. From {source}.",
             )
         )
         sections.append(Section("Loss", [pictures[-1]]))
-    if curves := [(_point_name(point), run, point) for point in run.points if point.curve and point.name != "step"]:
+    if readings := [point for point in run.points if point.curve and point.name != "step"]:
+        curves = [figures.Curve(_point_name(point), i, run, point) for i, point in enumerate(readings)]
         pictures.append(
             render(
                 "position_loss",
