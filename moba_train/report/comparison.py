@@ -40,7 +40,7 @@ def comparison_page(runs: list[Run], paths: list[Path]) -> tuple[str, list[Pictu
                 figures.draw_trailing_overlay(trained),
                 4.2,
                 "Trailing loss of every run over tokens",
-                "Trailing loss in training, averaged over a twentieth of each run's logged steps, never across a "
+                "Trailing loss in training, averaged over about a twentieth of each run's logged steps, never across a "
                 f"stage's end. From metrics.jsonl of each run in {where}.",
             )
         )
@@ -71,7 +71,6 @@ def _runs_table(runs: list[Run], names: list[str]) -> Table:
         key: choose((value for run in finished if (value := getattr(run, key)) is not None), default=None)
         for key, choose in (("loss", min), ("trailing_loss", min), ("tokens_per_second", max))
     }
-
     recipes = len({run.label for run in runs}) > 1
 
     def cell(run: Run, key: str, text: str) -> Cell:

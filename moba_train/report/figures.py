@@ -152,8 +152,8 @@ def _series(run: Run, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def smoothing_window(run: Run) -> int:
-    """Logged steps that a smoothed line averages over: a twentieth of the run."""
-    return max(1, len(run.train_rows) // 20)
+    """Logged steps that a smoothed line averages over: about a twentieth of the run, odd so that it is centred."""
+    return 1 + 2 * (len(run.train_rows) // 40)
 
 
 def _smooth(run: Run, key: str) -> np.ndarray:
