@@ -180,8 +180,6 @@ class StoreWriter:
             "shards": self.shards,
         }
         write_json(self.path / MANIFEST, manifest)
-        for shard in self.shards:  # of use to an unfinished store only
-            (self.path / f"{shard['name']}.json").unlink()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import lzma
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +22,8 @@ class Tokenizer:
     """Text to token ids, without special tokens added or parsed: a document that holds the characters of
     ``<|endoftext|>`` cannot end itself.
 
-    ``sha256`` is of the tokenizer's own JSON, so that a file, its compressed copy and a folder with it agree.
+    ``sha256`` is of what decides the ids in the tokenizer's own JSON, so that a file, its compressed copy and a folder
+    with it agree.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, eos_id: int, path: str) -> None:
@@ -32,7 +34,9 @@ class Tokenizer:
         self.eos_id = eos_id
         self.path = path
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.sha256 = hashlib.sha256(backend.to_str().encode()).hexdigest()
+        content = json.loads(backend.to_str())
+        del content["post_processor"]  # adds special tokens: not used here, and set anew by some loaders
+        self.sha256 = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """One uint32 array of ids a text."""

@@ -99,7 +99,7 @@ def plan(data: DataConfig, tokenizer: Tokenizer) -> tuple[list[Split], dict[str,
     train = [(source, find_files(source)) for source in data.train]
     heldout = [(source, find_files(source)) for source in data.heldout]
     fraction = 0.0 if heldout else data.heldout_fraction
-    splits = [Split("train", train, lambda text: _draw(text) >= fraction)]
+    splits = [Split("train", train, lambda text: not fraction or _draw(text) >= fraction)]
     if heldout:
         splits.insert(0, Split("heldout", heldout, lambda text: True))
     elif fraction:

@@ -1,0 +1,147 @@
+"""The loader: rows the same for any number of ranks, exact resume, segments that do not touch."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moba_train.data.loader import IGNORED, Batch, RowLoader, heldout_batches
+from moba_train.data.store import StoreWriter, TokenStore
+
+EOS = 0
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    """Forty documents of 1 to 300 tokens in several shards. No token is there twice: each tells where it is from."""
+    path = tmp_path_factory.mktemp("loader") / "store"
+    writer = StoreWriter(path, vocab_size=1 << 20, shard_bytes=4000)
+    lengths = np.random.default_rng(0).integers(1, 300, 40)
+    first = 1
+    for length in lengths:
+        if writer.add([np.arange(first, first + length, dtype=np.uint32)], source=0):
+            writer.close_shard({})
+        first += int(length)
+    writer.close_shard({})
+    writer.finish({"eos_id": EOS})
+    return TokenStore.open(path)
+
+
+def rows_of(loaders: list[RowLoader], micro_batch_rows: int) -> np.ndarray:
+    """The rows of the next step over all ranks, in order."""
+    return np.concatenate(
+        [batch.input_ids.numpy() for loader in loaders for batch in loader.next_step(micro_batch_rows)]
+    )
+
+
+def segments_of(batch: Batch) -> list[slice]:
+    bounds = batch.cu_seqlens.tolist()
+    return [slice(a, b) for a, b in itertools.pairwise(bounds) if a < b]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(2, 400), st.integers(0, 2))
+def test_an_epoch_holds_every_token_once(store: TokenStore, context_length: int, seed: int) -> None:
+    loader = RowLoader(store, context_length, rows_per_step=1, seed=seed)
+    for _ in range(2):
+        seen = [loader.next_step(1)[0] for _ in range(len(loader.packed))]
+        tokens = np.concatenate([batch.input_ids.flatten().numpy() for batch in seen])
+        assert (np.sort(tokens[tokens != EOS]) == np.arange(1, store.tokens + 1)).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 400), st.sampled_from([1, 2, 4]))
+def test_segments(store: TokenStore, context_length: int, rows: int) -> None:
+    """A segment is consecutive tokens of one document, or padding; positions restart; its first label is ignored."""
+    starts = np.cumsum(store.lengths) - store.lengths + 1
+    loader = RowLoader(store, context_length, rows)
+    for _ in range(3):
+        (batch,) = loader.next_step(rows)
+        ids, labels, positions = (t.flatten() for t in (batch.input_ids, batch.labels, batch.position_ids))
+        assert batch.cu_seqlens.dtype == torch.int32
+        assert batch.cu_seqlens[-1] == batch.tokens == ids.numel()
+        assert len(batch.cu_seqlens) == rows * loader.packed.max_segments + 1
+        for row in range(rows):
+            assert row * context_length in batch.cu_seqlens
+        for span in segments_of(batch):
+            segment, length = ids[span], span.stop - span.start
+            assert (positions[span] == torch.arange(length)).all()
+            assert labels[span.start] == IGNORED
+            if segment[0] == EOS:
+                assert (segment == EOS).all() and (labels[span] == IGNORED).all()
+                assert span.stop % context_length == 0
+            else:
+                assert (segment == torch.arange(length) + segment[0]).all()
+                document = np.searchsorted(starts, segment[0].item(), side="right")
+                assert document == np.searchsorted(starts, segment[-1].item(), side="right")
+                assert (labels[span][1:] == segment[1:]).all()
+
+
+@pytest.mark.parametrize("micro_batch_rows", [1, 2])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_world_size_changes_nothing(store: TokenStore, world_size: int, micro_batch_rows: int) -> None:
+    alone = RowLoader(store, 64, rows_per_step=8, seed=3)
+    ranks = [RowLoader(store, 64, 8, rank, world_size, seed=3) for rank in range(world_size)]
+    for _ in range(60):  # several epochs: steps straddle their edges
+        assert (rows_of([alone], 4) == rows_of(ranks, micro_batch_rows)).all()
+    assert alone.epoch > 2
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 80), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]))
+def test_resume_at_any_step(store: TokenStore, steps: int, before: int, after: int) -> None:
+    """Also with another number of ranks."""
+    first = [RowLoader(store, 64, 4, rank, before, seed=7) for rank in range(before)]
+    for _ in range(steps):
+        rows_of(first, 1)
+    states = [loader.state_dict() for loader in first]
+    assert all(state == {"rows": 4 * steps} for state in states)
+    second = [RowLoader(store, 64, 4, rank, after, seed=7) for rank in range(after)]
+    for loader in second:
+        loader.load_state_dict(states[0])
+    for _ in range(5):
+        assert (rows_of(first, 1) == rows_of(second, 1)).all()
+
+
+def test_epochs_and_seeds_differ(store: TokenStore) -> None:
+    def order(seed: int, epoch: int) -> np.ndarray:
+        loader = RowLoader(store, 64, 1, seed=seed)
+        loader.load_state_dict({"rows": epoch * len(loader.packed)})
+        return np.concatenate([rows_of([loader], 1) for _ in range(len(loader.packed))])
+
+    first = order(0, 0)
+    assert (first == order(0, 0)).all()
+    assert (first != order(0, 1)).any()
+    assert (first != order(1, 0)).any()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_heldout_rows_are_whole_contexts(store: TokenStore, world_size: int) -> None:
+    batches = [heldout_batches(store, 100, 7, rank, world_size) for rank in range(world_size)]
+    assert len({len(of_rank) for of_rank in batches}) == 1
+    interleaved = [batch for group in zip(*batches, strict=True) for batch in group]
+    valid = [batch for batch in interleaved if (batch.labels != IGNORED).any()]
+    assert len(valid) == 7
+    assert len({int(batch.input_ids[0, 0]) for batch in valid}) == 7
+    for batch in valid:
+        assert batch.cu_seqlens.tolist() == [0, 100]
+        assert (batch.input_ids[0].diff() == 1).all()
+        assert (batch.labels[0, 1:] == batch.input_ids[0, 1:]).all()
+
+
+def test_heldout_takes_what_there_is(store: TokenStore) -> None:
+    assert 0 < len(heldout_batches(store, 200, 10_000)) == (store.lengths // 200).sum()
+
+
+def test_bad_input(store: TokenStore) -> None:
+    with pytest.raises(ValueError, match=r"6 rows a step cannot be shared by 4 ranks; .* multiple of 256 "):
+        RowLoader(store, 64, 6, 0, 4)
+    with pytest.raises(ValueError, match="4 rows of a rank do not make micro-batches of 3"):
+        RowLoader(store, 64, 4).next_step(3)
+    with pytest.raises(ValueError, match=r"no held-out document reaches the context length 512: the longest has 29\d"):
+        heldout_batches(store, 512, 4)

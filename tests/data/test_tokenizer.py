@@ -1,0 +1,87 @@
+"""Tokenizers: training, the ways to load one, and encoding that does not read special tokens out of text."""
+
+from __future__ import annotations
+
+import lzma
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+from moba_train import embedded
+from moba_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+DATA = embedded.folder("data")
+TEXT = "The whale, the whale! It's 1851.\n\n\tNaïve — “quoted”  text\r\nwith <|endoftext|> in it. 鯨 🐋 \x00"
+
+
+def books(name: str) -> str:
+    return lzma.decompress((DATA / "books" / name).read_bytes()).decode()
+
+
+@pytest.fixture(scope="module")
+def small() -> Tokenizer:
+    return train_tokenizer([books("train/carroll-alice.txt.xz")], 400)
+
+
+def test_round_trip(small: Tokenizer) -> None:
+    ids = small.encode_batch([TEXT, "", "a"])
+    assert [array.dtype for array in ids] == [np.uint32] * 3
+    assert small.decode(ids[0]) == TEXT
+    assert len(ids[1]) == 0
+    assert small.eos_id == 0 and small.eos_id not in ids[0]
+    assert small.vocab_size == 400
+
+
+def test_training_is_repeatable(small: Tokenizer) -> None:
+    assert train_tokenizer([books("train/carroll-alice.txt.xz")], 400).sha256 == small.sha256
+    with pytest.raises(ValueError, match=r"vocab_size is 256; .* at least 257"):
+        train_tokenizer(["a"], 256)
+
+
+def test_every_way_to_load(small: Tokenizer, tmp_path: Path) -> None:
+    small.save(tmp_path / "folder")
+    plain = tmp_path / "folder" / "tokenizer.json"
+    packed = tmp_path / "tokenizer.json.xz"
+    packed.write_bytes(lzma.compress(plain.read_bytes()))
+    for path in (tmp_path / "folder", plain, packed):
+        loaded = load_tokenizer(str(path))
+        assert (loaded.sha256, loaded.eos_id, loaded.vocab_size) == (small.sha256, 0, 400), path
+
+
+@pytest.mark.parametrize(
+    ("path", "entries"), [("tokenizer/tokenizer.json", 4096), ("smollm2/tokenizer.json.xz", 49152)]
+)
+def test_embedded_tokenizers(path: str, entries: int) -> None:
+    tokenizer = load_tokenizer(str(DATA / path))
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (entries, 0)
+    assert tokenizer.backend.id_to_token(0) == "<|endoftext|>"
+    assert tokenizer.decode(tokenizer.encode_batch([TEXT])[0]) == TEXT
+    assert tokenizer.cuts_between_words()
+
+
+def test_start_marking_models_are_not_cut() -> None:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.train_from_iterator([TEXT], trainers.BpeTrainer(special_tokens=["</s>"], show_progress=False))
+    assert not Tokenizer(backend, 0, "made here").cuts_between_words()
+
+
+def test_bad_paths(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere\.json' does not exist"):
+        load_tokenizer("nowhere.json")
+    (tmp_path / "tokenizer.json").write_text('{"version": 3}')
+    with pytest.raises(ValueError, match="is not a tokenizers JSON file"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer.json.xz").write_bytes(b"not xz")
+    with pytest.raises(ValueError, match="is not a tokenizers JSON file"):
+        load_tokenizer(str(tmp_path / "tokenizer.json.xz"))
+    tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "endless.json"))
+    with pytest.raises(ValueError, match=r"has none of <\|endoftext\|>"):
+        load_tokenizer(str(tmp_path / "endless.json"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="cannot be loaded as a folder or hub name"):
+        load_tokenizer(str(tmp_path / "empty"))

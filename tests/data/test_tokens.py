@@ -1,0 +1,257 @@
+"""Token stores: what they hold, that they are made once, and that no interruption changes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moba_train import embedded
+from moba_train.config import DataConfig, SourceConfig, SourceFormat
+from moba_train.data import tokens
+from moba_train.data.store import StoreWriter, TokenStore
+from moba_train.data.tokenizer import load_tokenizer
+from moba_train.data.tokens import prepare_store
+
+DATA = embedded.folder("data")
+TOKENIZER = str(DATA / "tokenizer" / "tokenizer.json")
+SMOLLM2 = str(DATA / "smollm2" / "tokenizer.json.xz")
+WORDS = ["call", "me", "ishmael", "it's", "1851", "whenever", "damp", "drizzly", "November", "in", "my", "soul", "\n\n"]
+
+
+def some_texts(count: int, seed: int = 0, longest: int = 400) -> list[str]:
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(1, longest))) for _ in range(count)]
+
+
+def jsonl(path: Path, texts: list[str]) -> SourceConfig:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return SourceConfig(name=path.stem, format=SourceFormat.jsonl, path=str(path))
+
+
+def config(tmp_path: Path, *train: SourceConfig, **more: object) -> DataConfig:
+    return DataConfig(name="some", train=list(train), store_dir=str(tmp_path / "store"), **more)  # type: ignore[arg-type]
+
+
+def prepared(data: DataConfig, split: str = "train", tokenizer: str = TOKENIZER) -> TokenStore:
+    store = TokenStore.open(prepare_store(data, tokenizer, progress=False) / split)
+    store.verify()
+    return store
+
+
+def documents(store: TokenStore) -> list[list[int]]:
+    return [store.document(i).tolist() for i in range(len(store))]
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, SMOLLM2], ids=["books", "smollm2"])
+def test_a_store_holds_each_document_as_encoded_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: str
+) -> None:
+    """Also where documents are cut into pieces over several batches, and the store into shards."""
+    monkeypatch.setattr(tokens, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 700)
+    monkeypatch.setattr(tokens, "SHARD_BYTES", 5000)
+    first, second = some_texts(30), [*some_texts(20, seed=1), "", "x" * 3000, "é"]
+    store = prepared(
+        config(tmp_path, jsonl(tmp_path / "a.jsonl", first), jsonl(tmp_path / "b.jsonl", second)), tokenizer=tokenizer
+    )
+    whole = load_tokenizer(tokenizer).encode_batch([text for text in first + second if text])
+    assert documents(store) == [[*ids.tolist(), 0] for ids in whole]
+    assert store.lengths.tolist() == [len(ids) + 1 for ids in whole]
+    assert store.sources.tolist() == [0] * 30 + [1] * 22
+    manifest = store.manifest
+    assert len(manifest["shards"]) > 3 and manifest["dtype"] == "<u2"
+    assert store.tokens == manifest["tokens"] == store.lengths.sum()
+    assert manifest["max_id"] == max(int(ids.max()) for ids in whole) < store.vocab_size
+    assert [source["documents"] for source in manifest["sources"]] == [30, 22]
+    assert [source["empty"] for source in manifest["sources"]] == [0, 1]
+    assert not list(store.path.glob("next.*"))
+
+
+def test_settings(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", ["one", "two words and more of them", "three"])
+    store = prepared(config(tmp_path, source, append_eos=False, min_document_tokens=4))
+    assert documents(store) == [
+        ids.tolist() for ids in load_tokenizer(TOKENIZER).encode_batch(["two words and more of them"])
+    ]
+    assert store.manifest["sources"][0]["short"] == 2
+    assert store.eos_id == 0
+
+
+def test_big_vocabularies_take_four_bytes(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path / "store", vocab_size=(1 << 16) + 1, shard_bytes=100)
+    writer.add([np.array([1 << 16, 7], np.uint32), np.empty(0, np.uint32)], source=3)
+    writer.close_shard({})
+    writer.finish({"eos_id": 0})
+    store = TokenStore.open(tmp_path / "store")
+    assert (store.manifest["dtype"], store.document(0).tolist(), store.manifest["max_id"]) == ("<u4", [65536, 7], 65536)
+
+
+def test_made_once_and_anew_where_something_changed(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", some_texts(10))
+    data = config(tmp_path, source)
+    folder = prepare_store(data, TOKENIZER, progress=False)
+    made = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    assert prepare_store(data, TOKENIZER, progress=False) == folder
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == made
+
+    folders = {folder, prepare_store(data, SMOLLM2, progress=False)}
+    data.min_document_tokens = 3
+    folders.add(prepare_store(data, TOKENIZER, progress=False))
+    jsonl(tmp_path / "a.jsonl", some_texts(11))
+    folders.add(prepare_store(data, TOKENIZER, progress=False))
+    assert len(folders) == 4
+
+
+def test_heldout_sources_and_fraction(tmp_path: Path) -> None:
+    texts = some_texts(300, longest=20)
+    source = jsonl(tmp_path / "a.jsonl", texts + texts[:50])
+    data = config(tmp_path, source, heldout_fraction=0.1)
+    train, heldout = prepared(data), prepared(data, "heldout")
+    everything = prepared(config(tmp_path, source))
+    assert 10 < len(heldout) < 70
+    assert sorted(documents(train) + documents(heldout)) == sorted(documents(everything))
+    assert not {tuple(ids) for ids in documents(train)} & {tuple(ids) for ids in documents(heldout)}
+    assert train.manifest["sources"][0]["other_split"] == len(heldout)
+
+    data.heldout = [jsonl(tmp_path / "b.jsonl", ["named"])]
+    assert len(prepared(data)) == len(everything)
+    assert len(prepared(data, "heldout")) == 1
+
+
+CHILD = """
+import os, signal, sys
+from moba_train.config import DataConfig, SourceConfig, SourceFormat
+from moba_train.data import tokens
+tokens.SHARD_BYTES = 4000
+source, store, tokenizer, calls_left = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+def counted(call):
+    def wrapper(*arguments):
+        global calls_left
+        calls_left -= 1
+        if calls_left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*arguments)
+    return wrapper
+os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+source = SourceConfig(name="a", format=SourceFormat.jsonl, path=source)
+data = DataConfig(name="some", train=[source], store_dir=store, heldout_fraction=0.2)
+tokens.prepare_store(data, tokenizer, progress=False)
+"""
+
+
+def child(source: str, store: Path, kill_at: int = 0) -> subprocess.Popen[bytes]:
+    """A process that prepares the store and kills itself at its ``kill_at``-th flush or rename."""
+    return subprocess.Popen([sys.executable, "-c", CHILD, source, str(store), TOKENIZER, str(kill_at)])
+
+
+def content(store_dir: Path) -> dict[str, bytes]:
+    """Every file of the store but its lock."""
+    (folder,) = store_dir.iterdir()
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file() and f.name != "lock"}
+
+
+def test_killed_at_ten_points_gives_the_same_store(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", some_texts(100)).path
+    assert child(source, tmp_path / "whole").wait() == 0
+    points = random.Random(1).sample(range(1, 21), 10)
+    for point in points:
+        assert child(source, tmp_path / "killed", point).wait() == -signal.SIGKILL
+        (folder,) = (tmp_path / "killed").iterdir()
+        with pytest.raises(ValueError, match="unfinished"):
+            TokenStore.open(folder / "train")
+    assert child(source, tmp_path / "killed").wait() == 0
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+def test_two_processes_at_once(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", some_texts(100)).path
+    both = [child(source, tmp_path / "both") for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    (folder,) = (tmp_path / "both").iterdir()
+    for split in ("train", "heldout"):
+        TokenStore.open(folder / split).verify()
+
+
+def test_an_interrupted_source_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was counted before the interruption counts once."""
+    monkeypatch.setattr(tokens, "SHARD_BYTES", 2000)
+    monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 500)
+    source = jsonl(tmp_path / "a.jsonl", [*some_texts(40), "", "", *some_texts(1500, seed=2, longest=3)])
+    whole = prepared(config(tmp_path / "whole", source))
+    add = StoreWriter.add
+
+    def fails(self: StoreWriter, parts: list[np.ndarray], source: int) -> bool:
+        if len(self.shards) == 9:
+            raise KeyboardInterrupt
+        return add(self, parts, source)
+
+    data = config(tmp_path / "again", source)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StoreWriter, "add", fails)
+        prepared(data)
+    again = prepared(data)
+    assert again.manifest["sha256"] == whole.manifest["sha256"]
+    assert again.manifest["sources"] == whole.manifest["sources"]
+
+
+def test_unfinished_or_damaged_stores_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no manifest\.json: no token store, or an unfinished one"):
+        TokenStore.open(tmp_path)
+    store = prepared(config(tmp_path, jsonl(tmp_path / "a.jsonl", some_texts(10))))
+    shard = store.path / "00000.tokens"
+    whole = bytearray(shard.read_bytes())
+    whole[100] ^= 1
+    shard.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"00000\.tokens: sha256 .* prepare it again"):
+        TokenStore.open(store.path).verify()
+    os.truncate(shard, 100)
+    with pytest.raises(ValueError, match=r"00000\.tokens has 100 bytes, not \d+; delete"):
+        TokenStore.open(store.path)
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"00000\.tokens has -1 bytes"):
+        TokenStore.open(store.path)
+    manifest = store.path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 9'))
+    with pytest.raises(ValueError, match="store format 9, not 1; prepare the data again"):
+        TokenStore.open(store.path)
+
+
+def test_bad_input_leaves_no_store(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", ["", "", "two words"])
+    with pytest.raises(ValueError, match=r"data\.train names no source"):
+        prepare_store(config(tmp_path), TOKENIZER)
+    with pytest.raises(ValueError, match=r"data\.heldout_fraction is 1\.0"):
+        prepare_store(config(tmp_path, source, heldout_fraction=1.0), TOKENIZER)
+    with pytest.raises(
+        ValueError, match=r"the train split holds no document: sources 'a' gave 3 records, 2 empty, 1 sho"
+    ):
+        prepare_store(config(tmp_path, source, min_document_tokens=99), TOKENIZER, progress=False)
+    with pytest.raises(ValueError, match="the heldout split holds no document"):
+        prepare_store(config(tmp_path, source, heldout_fraction=1e-9), TOKENIZER, progress=False)
+    assert not list((tmp_path / "store").rglob("manifest.json"))
+    (tmp_path / "file").write_text("")
+    data = config(tmp_path, source)
+    data.store_dir = str(tmp_path / "file" / "store")
+    with pytest.raises(ValueError, match=r"data\.store_dir '.*' cannot be written: Not a directory"):
+        prepare_store(data, TOKENIZER)
+    with pytest.raises(ValueError, match=r"tokenizer 'missing\.json' does not exist"):
+        prepare_store(config(tmp_path, source), "missing.json")
+
+
+def test_the_embedded_books(tmp_path: Path) -> None:
+    books = [SourceConfig(name=split, path=str(DATA / "books" / split)) for split in ("train", "heldout")]
+    data = DataConfig(name="books", train=books[:1], heldout=books[1:], store_dir=str(tmp_path))
+    train, heldout = prepared(data), prepared(data, "heldout")
+    assert (len(train), len(heldout)) == (16, 2)
+    assert (train.tokens, heldout.tokens) == (3_263_691, 297_836)
+    text = load_tokenizer(TOKENIZER).decode(heldout.document(0))
+    assert text.startswith("[Sense and Sensibility by Jane Austen 1811]\n\nCHAPTER 1\n\n\nThe family of Dashwood")
+    assert text.endswith("\n<|endoftext|>") and "\r" not in text
