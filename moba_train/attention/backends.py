@@ -7,9 +7,11 @@ Every backend is a function ``(query, key, value, cu_seqlens, max_seqlen, spec, 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 
 from torch import Tensor
 
@@ -31,7 +33,26 @@ class Backend:
     refuses: Callable[[Tensor, Tensor, AttentionSpec], str | None]
 
 
+def _triton(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, spec: AttentionSpec, scale: float
+) -> Tensor:
+    from moba_train.attention.kernels.op import triton_attention  # here: the package needs torch alone
+
+    return triton_attention(query, key, value, cu_seqlens, max_seqlen, spec, scale)
+
+
+def _triton_refuses(query: Tensor, key: Tensor, spec: AttentionSpec) -> str | None:
+    if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs a CUDA device, and query is on {query.device}"
+    if find_spec("triton") is None:
+        return "the triton package is not installed"
+    from moba_train.attention.kernels.op import refuses
+
+    return refuses(query, key, spec)
+
+
 BACKENDS: dict[str, Backend] = {  # in the order in which `auto` tries them
+    "triton": Backend(_triton, _triton_refuses),
     "varlen": Backend(varlen, varlen_refuses),
     "reference": Backend(reference, lambda query, key, spec: None),
 }

@@ -20,12 +20,12 @@ from moba_train.attention.routing import Routes
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-CHUNK_ELEMENTS = 1 << 21  # gathered rows and keys of the tiles that exist at one time (8 MiB in fp32)
+CHUNK_ELEMENTS = 1 << 19  # gathered rows and keys of the tiles that exist at one time (2 MiB in fp32, near the caches)
 
 
 def tile_rows(block_size: int) -> int:
     """Rows of a routed tile: few, so that padding is cheap, but enough to pay for gathering a block's keys again."""
-    return min(max(block_size // 2, 32), 256)
+    return min(max(2 * block_size, 16), 128)
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,10 @@ class RoutedKeys:
         return self.key.index_select(0, source).view(shape), self.value.index_select(0, source).view(shape)
 
     def forward(self, query: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
-        """Attention of listed rows to their block. query (rows, D); returns (P, D) and its log-sum-exp (P,)."""
-        out = query.new_empty(len(routes.rows), query.shape[1])
-        lse = query.new_empty(len(routes.rows))
+        """Attention of listed rows to their block. query (rows, D); returns (P + 1, D), log-sum-exp (P + 1,)."""
+        out = query.new_empty(len(routes.rows) + 1, query.shape[1])
+        lse = query.new_empty(len(routes.rows) + 1)
+        out[-1], lse[-1] = 0, -torch.inf
         for places, source in self._chunks(routes):
             tiles = query.index_select(0, routes.rows[places]).view(len(source), 1, -1, query.shape[1])
             tiles_out, tiles_lse = _forward(tiles, *self._take(source), scale=self.scale)
@@ -183,9 +184,10 @@ class RoutedKeys:
         return out, lse
 
     def backward(self, grad_out: Tensor, query: Tensor, out: Tensor, lse: Tensor, routes: Routes) -> Tensor:
-        """Gradient (P, D) of the listed rows' queries; all arguments by row, out and lse of all passes merged."""
+        """Gradient (P + 1, D) of the listed rows' queries; all arguments by row, out and lse of all passes merged."""
         grad_key, grad_value = self.gradients
-        grad_query = query.new_empty(len(routes.rows), query.shape[1])
+        grad_query = query.new_empty(len(routes.rows) + 1, query.shape[1])
+        grad_query[-1] = 0
         # An infinite log-sum-exp makes every probability of a padding row 0, and with it all that it would add.
         listed_lse = lse[routes.rows].masked_fill_(routes.padding, torch.inf)
         for places, source in self._chunks(routes):
@@ -206,5 +208,5 @@ class RoutedKeys:
         """Add what ``backward`` gathered to (T, K, D) gradients."""
         kv_heads, head_dim = self.shape[1:]
         for gradient, blocks in zip((grad_key, grad_value), self.gradients, strict=True):
-            rows = blocks.view(kv_heads, -1, head_dim).transpose(0, 1)
-            gradient.view(len(gradient), -1).index_add_(0, self.tokens, rows.reshape(len(rows), -1))
+            rows = blocks.view(kv_heads, len(self.tokens), head_dim).transpose(0, 1)
+            gradient.flatten(1).index_add_(0, self.tokens, rows.flatten(1))

@@ -126,9 +126,10 @@ class RoutedKeys:
         return heads
 
     def forward(self, query: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
-        """Attention of listed rows to their block. query (rows, D); returns (P, D) and its log-sum-exp (P,)."""
-        out = query.new_empty(len(routes.rows), query.shape[1])
-        lse = torch.empty(len(routes.rows), dtype=torch.float32, device=query.device)
+        """Attention of listed rows to their block. query (rows, D); returns (P + 1, D), log-sum-exp (P + 1,)."""
+        out = query.new_empty(len(routes.rows) + 1, query.shape[1])
+        lse = torch.empty(len(routes.rows) + 1, dtype=torch.float32, device=query.device)
+        out[-1], lse[-1] = 0, -torch.inf
         for head, places, queries, longest in self._heads(routes):
             keys, values = self.key[:, head : head + 1], self.value[:, head : head + 1]
             rows = query[routes.rows[places], None]
@@ -137,9 +138,10 @@ class RoutedKeys:
         return out, lse
 
     def backward(self, grad_out: Tensor, query: Tensor, out: Tensor, lse: Tensor, routes: Routes) -> Tensor:
-        """Gradient (P, D) of the listed rows' queries; all arguments by row, out and lse of all passes merged."""
+        """Gradient (P + 1, D) of the listed rows' queries; all arguments by row, out and lse of all passes merged."""
         grad_key, grad_value = self.gradients
-        grad_query = query.new_empty(len(routes.rows), query.shape[1])
+        grad_query = query.new_empty(len(routes.rows) + 1, query.shape[1])
+        grad_query[-1] = 0
         for head, places, queries, longest in self._heads(routes):
             keys, values = self.key[:, head : head + 1], self.value[:, head : head + 1]
             rows = routes.rows[places]

@@ -18,12 +18,13 @@ class Routes:
     """Lists of rows, ordered by key/value head, then block, then row; one after the other, each padded to tiles.
 
     Attributes:
-        rows: (P,) int64; the row of each place in the lists. Padding repeats row 0.
+        rows: (P,) int64; the row of each place in the lists. Padding repeats its list's first row, so that no list
+            ever touches a row that is not its own.
         padding: (P,) bool.
         lengths: (K, N) int64; real entries of each list.
         tiles: (K, N) int64; tiles of each list.
-        places: (T * H, top_k - 1) int64; the place of each row's choices. Unused slots point to place 0.
-        unused: (T * H, top_k - 1) bool; slots without a choice.
+        places: (T * H, top_k - 1) int64; the place of each row's choices. Slots without a choice have place P, where
+            a pass puts the empty result: output and gradient 0, log-sum-exp -inf.
     """
 
     rows: Tensor
@@ -31,7 +32,6 @@ class Routes:
     lengths: Tensor
     tiles: Tensor
     places: Tensor
-    unused: Tensor
 
 
 def route(choices: Tensor, kv_heads: int, blocks: int, tile: int) -> Routes | None:
@@ -49,8 +49,7 @@ def route(choices: Tensor, kv_heads: int, blocks: int, tile: int) -> Routes | No
     tokens, heads, slots = choices.shape
     device = choices.device
     base = torch.arange(kv_heads, dtype=torch.int32, device=device).repeat_interleave(heads // kv_heads) * blocks
-    unused = choices < 0
-    lists = torch.where(unused, kv_heads * blocks, choices + base[:, None]).flatten()  # unused ones sort last
+    lists = torch.where(choices < 0, kv_heads * blocks, choices + base[:, None]).flatten()  # no choice sorts last
     lists, order = lists.sort(stable=True)
     lengths = torch.bincount(lists, minlength=kv_heads * blocks + 1)[:-1]
     tiles = (lengths + tile - 1) // tile
@@ -58,13 +57,14 @@ def route(choices: Tensor, kv_heads: int, blocks: int, tile: int) -> Routes | No
     if chosen == 0:
         return None
     lists, order = lists[:chosen].long(), order[:chosen]
-    shift = (tiles.cumsum(0) - tiles) * tile - (lengths.cumsum(0) - lengths)  # padding before each list
-    place = torch.arange(chosen, device=device) + shift[lists]
-    rows = torch.zeros(size, dtype=torch.long, device=device)
+    starts = lengths.cumsum(0) - lengths
+    place = torch.arange(chosen, device=device) + ((tiles.cumsum(0) - tiles) * tile - starts)[lists]
+    first = order[starts.clamp(max=chosen - 1)] // slots
+    rows = first.repeat_interleave(tiles * tile, output_size=size)
     rows[place] = order // slots
     padding = torch.ones(size, dtype=torch.bool, device=device)
     padding[place] = False
-    places = torch.zeros(tokens * heads * slots, dtype=torch.long, device=device)
+    places = torch.full((tokens * heads * slots,), size, device=device)
     places[order] = place
     return Routes(
         rows=rows,
@@ -72,5 +72,4 @@ def route(choices: Tensor, kv_heads: int, blocks: int, tile: int) -> Routes | No
         lengths=lengths.view(kv_heads, blocks),
         tiles=tiles.view(kv_heads, blocks),
         places=places.view(tokens * heads, slots),
-        unused=unused.view(tokens * heads, slots),
     )

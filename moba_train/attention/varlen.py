@@ -18,7 +18,7 @@ from torch.nn.functional import embedding_bag
 from moba_train.attention import dense_cpu, dense_cuda
 from moba_train.attention.blocks import cut
 from moba_train.attention.gate import choose
-from moba_train.attention.routing import Routes, route
+from moba_train.attention.routing import route
 from moba_train.attention.spec import AttentionSpec
 
 WORKSPACE_ELEMENTS = 1 << 24  # of the routed queries' partial outputs, where the query itself is not larger
@@ -34,9 +34,18 @@ def varlen(
     """
     if spec.kind == "full":
         return _Full.apply(query, key, value, cu_seqlens, max_seqlen, scale)
-    blocks = cut(cu_seqlens, spec.moba[0], len(query))
-    choices = choose(query.detach(), key.detach(), blocks, spec)
-    return _Moba.apply(query, key, value, choices, blocks.bounds, spec.moba[0], scale)
+    block_size, top_k = spec.moba
+    choices = varlen_choose(query.detach(), key.detach(), cu_seqlens, block_size, top_k)
+    bounds = cut(cu_seqlens, block_size, len(query)).bounds
+    return _Moba.apply(query, key, value, choices, bounds, block_size, scale)
+
+
+@torch.library.custom_op("moba_train::varlen_choose", mutates_args=())
+def varlen_choose(query: Tensor, key: Tensor, cu_seqlens: Tensor, block_size: int, top_k: int) -> Tensor:
+    """The gate as an operator of its own: a selective checkpointing policy that saves its output, (T, H, top_k - 1)
+    small integers, spares the recomputation the gate."""
+    blocks = cut(cu_seqlens, block_size, len(query))
+    return choose(query, key, blocks, AttentionSpec("moba", block_size, top_k))
 
 
 def refuses(query: Tensor, key: Tensor, spec: AttentionSpec) -> str | None:
@@ -93,7 +102,7 @@ class _Moba(torch.autograd.Function):
             routes = route(choices[here], key.shape[1], len(bounds) - 1, dense.tile_rows(block_size))
             if routes is not None:
                 parts, parts_lse = keys.forward(q[here].flatten(0, 1), routes)
-                out, lse = _merge(out, lse, parts, parts_lse, routes)
+                out, lse = _merge(out, lse, parts, parts_lse, routes.places)
             merged[here], merged_lse[here] = out, lse
         ctx.save_for_backward(query, key, value, choices, bounds, merged, merged_lse)
         ctx.block_size, ctx.scale = block_size, scale
@@ -113,8 +122,7 @@ class _Moba(torch.autograd.Function):
             if routes is not None:
                 by_row = (x.flatten(0, 1) for x in (grad[here], q[here], out[here], merged_lse[here]))
                 parts = keys.backward(*by_row, routes)
-                used = (~routes.unused).to(merged_lse.dtype)
-                grad_q = grad_q + _gather(parts, routes.places, used).view(grad_q.shape)
+                grad_q = grad_q + _sum_slots(parts, routes.places).view(grad_q.shape)
             grad_query[here] = grad_q
         keys.add_gradients(grad_key, grad_value)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None, None
@@ -147,22 +155,28 @@ def _ranges(bounds: Tensor, choices: Tensor, head_dim: int) -> Iterator[tuple[sl
             first = last
 
 
-def _merge(out: Tensor, lse: Tensor, parts: Tensor, parts_lse: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
-    """One softmax over the keys of all passes: out (T, H, D) and lse (T, H) of the own blocks, parts of the routes."""
-    routed = parts_lse[routes.places].masked_fill_(routes.unused, -torch.inf)
-    every = torch.cat((lse.flatten()[:, None], routed), dim=1)  # (T * H, top_k)
+def _merge(out: Tensor, lse: Tensor, parts: Tensor, parts_lse: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """One softmax over the keys of all passes.
+
+    Args:
+        out, lse: (T, H, D) and (T, H) of the causal pass.
+        parts, parts_lse: (P + 1, D) and (P + 1,) of the routed pass.
+        places: (T * H, top_k - 1), where a row's routed results are.
+    """
+    every = torch.cat((lse.flatten()[:, None], parts_lse[places]), dim=1)  # (T * H, top_k)
     merged_lse = every.logsumexp(dim=1, keepdim=True)
     weights = every.sub_(merged_lse).exp_()
     merged = out.to(weights.dtype).mul_(weights[:, :1].view(*lse.shape, 1))
-    merged += _gather(parts, routes.places, weights[:, 1:]).view(out.shape)
+    merged += _sum_slots(parts, places, weights[:, 1:]).view(out.shape)
     return merged, merged_lse.view(lse.shape)
 
 
-def _gather(parts: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-    """Sum over slots of weights (rows, slots) times parts (P, D) at places (rows, slots): (rows, D)."""
+def _sum_slots(parts: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Sum over slots of parts (P + 1, D) at places (rows, slots), times weights like places: (rows, D), not rounded."""
     if parts.device.type == "cpu":
         return embedding_bag(places, parts, per_sample_weights=weights, mode="sum")
-    total = torch.zeros(len(places), parts.shape[1], dtype=weights.dtype, device=parts.device)
-    for slot in range(places.shape[1]):  # embedding_bag would round the weights to the parts' type
-        total.addcmul_(parts[places[:, slot]], weights[:, slot, None])
+    # On a GPU parts are in half precision, to which embedding_bag would round the weights and the sum.
+    total = torch.zeros(len(places), parts.shape[1], dtype=torch.float32, device=parts.device)
+    for slot, place in enumerate(places.unbind(1)):
+        total += parts[place] if weights is None else parts[place] * weights[:, slot, None]
     return total

@@ -1,0 +1,144 @@
+"""Every backend against the definition: output and all three gradients."""
+
+from __future__ import annotations
+
+import logging
+import random
+
+import pytest
+import torch
+from attention.cases import CASES, DEVICES, TOLERANCE, Case, assert_close, attend
+from torch.nn.functional import scaled_dot_product_attention
+
+from moba_train.attention import AttentionSpec, full_attention, moba_attention
+from moba_train.attention.backends import BACKENDS, Backend, resolve
+from moba_train.attention.reference import reference
+
+FULL = AttentionSpec("full")
+
+
+@pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
+def backend(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+def compare(backend: str, case: Case, spec: AttentionSpec, device: str, dtype: torch.dtype, seed: int = 0) -> None:
+    """Hold a backend against the fp32 reference of the same (rounded) inputs."""
+    tensors = case.tensors(device, dtype, seed)
+    refusal = BACKENDS[backend].refuses(*tensors[:2], spec)
+    if refusal:
+        pytest.skip(refusal)
+    found = attend(BACKENDS[backend].function, case, spec, tensors)
+    assert all(x.dtype == dtype for x in found.values())
+    expected = attend(reference, case, spec, tuple(x.float() for x in tensors))
+    assert_close(found, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_moba_matches_the_reference(backend, case, device, dtype):
+    compare(backend, case, case.spec, device, dtype)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_full_matches_the_reference(backend, case, device, dtype):
+    compare(backend, case, FULL, device, dtype)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_shapes_match_the_reference(backend, device, seed):
+    draw = random.Random(seed)
+    kv_heads = draw.choice([1, 2, 3])
+    case = Case(
+        "random",
+        lengths=(
+            *(draw.choice([0, 1, draw.randint(1, 40), draw.randint(1, 250)]) for _ in range(draw.randint(0, 6))),
+            90,
+        ),
+        heads=kv_heads * draw.choice([1, 2, 4]),
+        kv_heads=kv_heads,
+        head_dim=draw.choice([16, 32, 64]),
+        block_size=draw.choice([16, 32, draw.randint(16, 80)]),
+        top_k=draw.randint(1, 6),
+    )
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    compare(backend, case, case.spec, device, dtype, seed)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_top_k_covering_everything_is_dense(name, device):
+    case = Case("dense", (160,), block_size=16, top_k=10)
+    query, key, value, _ = tensors = case.tensors(device, torch.float32 if device == "cpu" else torch.bfloat16)
+    refusal = BACKENDS[name].refuses(query, key, case.spec)
+    if refusal:
+        pytest.skip(refusal)
+    heads_first = (x.float().transpose(0, 1)[None] for x in (query, key, value))
+    dense = scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+    found = attend(BACKENDS[name].function, case, case.spec, tensors)
+    assert_close({"out": found["out"]}, {"out": dense}, TOLERANCE[query.dtype])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_documents_do_not_touch_each_other(name):
+    """NaN in one document stays there, in the output and in every gradient."""
+    case = Case("poisoned", (50, 45, 70))
+    query, key, _, _ = tensors = case.tensors()
+    refusal = BACKENDS[name].refuses(query, key, case.spec)
+    if refusal:
+        pytest.skip(refusal)
+    for spec in (case.spec, FULL):
+        clean = attend(BACKENDS[name].function, case, spec, tensors)
+        for start, stop in ((0, 50), (50, 95), (95, 165)):
+            poisoned = tuple(x.clone() for x in tensors)
+            for tensor in poisoned:
+                tensor[start:stop] = torch.nan
+            found = attend(BACKENDS[name].function, case, spec, poisoned)
+            for what, expected in clean.items():
+                others = torch.cat((found[what][:start], found[what][stop:]))
+                assert torch.equal(others, torch.cat((expected[:start], expected[stop:]))), (what, start)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_scale_is_honoured(name):
+    case = Case("scaled", (90,))
+    query, key, value, _ = case.tensors()
+    refusal = BACKENDS[name].refuses(query, key, case.spec)
+    if refusal:
+        pytest.skip(refusal)
+    expected = moba_attention(query, key, value, block_size=16, top_k=2, scale=0.5, backend="reference")
+    found = moba_attention(query, key, value, block_size=16, top_k=2, scale=0.5, backend=name)
+    assert_close({"out": found}, {"out": expected}, 1e-5)
+    default = moba_attention(query, key, value, block_size=16, top_k=2, backend=name)
+    assert not torch.allclose(found, default, atol=1e-3)
+
+
+def test_auto_takes_the_first_that_fits_and_says_why(caplog, monkeypatch):
+    query, key, _, _ = Case("auto", (8,)).tensors()
+    monkeypatch.setitem(BACKENDS, "varlen", Backend(BACKENDS["varlen"].function, lambda *_: "it rains"))
+    with caplog.at_level(logging.INFO, logger="moba_train.attention"):
+        assert resolve("auto", query, key, FULL) is reference
+        assert resolve("auto", query, key, FULL) is reference
+    (message,) = caplog.messages
+    assert "reference" in message and "varlen: it rains" in message
+
+
+def test_a_named_backend_never_falls_back(monkeypatch):
+    query, key, value, _ = Case("named", (8,)).tensors()
+    monkeypatch.setitem(BACKENDS, "varlen", Backend(BACKENDS["varlen"].function, lambda *_: "it rains"))
+    with pytest.raises(ValueError, match="varlen cannot run here: it rains"):
+        full_attention(query, key, value, backend="varlen")
+
+
+def test_an_unknown_backend_lists_the_choices():
+    query, key, value, _ = Case("unknown", (8,)).tensors()
+    with pytest.raises(ValueError, match=r"'fast'; choose from auto, .*varlen, reference"):
+        full_attention(query, key, value, backend="fast")
