@@ -81,12 +81,12 @@ def prepare_store(data: DataConfig, tokenizer_path: str, progress: bool = True) 
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        with _locked(folder):
+            for split in splits:
+                if not (folder / split.name / MANIFEST).is_file():
+                    _build(folder / split.name, split, data, tokenizer, about, progress)
+    except OSError as error:  # of writing: what goes wrong in reading is a ValueError already
         raise ValueError(f"data.store_dir {data.store_dir!r} cannot be written: {error.strerror}") from error
-    with _locked(folder):
-        for split in splits:
-            if not (folder / split.name / MANIFEST).is_file():
-                _build(folder / split.name, split, data, tokenizer, about, progress)
     return folder
 
 
@@ -148,43 +148,55 @@ def _build(
         tallies = [Tally(**tally) for tally in writer.state["tallies"]]
         place = tuple(writer.state["place"])
         log.info("going on with %s after %d whole shards", path, len(writer.shards))
-    end = [np.array([tokenizer.eos_id], np.uint32)] if data.append_eos else []
 
+    def close_shard(place: tuple[int, int, int]) -> None:
+        writer.close_shard({"place": place, "tallies": [asdict(tally) for tally in tallies]})
+
+    end = [np.array([tokenizer.eos_id], np.uint32)] if data.append_eos else []
     with _progress(split, progress) as advance:
         for origin, parts in _encode(_origins(split, place), tokenizer):
-            source = split.sources[origin.source][0]
-            tally = tallies[origin.source]
-            tally.records += 1
             tokens = sum(map(len, parts))
-            if origin.fate == "bad":
-                tally.add_bad(source, origin.problem)
-            elif origin.fate == "empty":
-                tally.empty += 1
-            elif origin.fate == "other_split":
-                tally.other_split += 1
-            elif tokens < data.min_document_tokens:
-                tally.short += 1
-            else:
-                tally.documents += 1
-                tally.tokens += tokens + len(end)
+            source, _ = split.sources[origin.source]
+            if _counts(tallies[origin.source], source, origin, tokens, data.min_document_tokens):
+                tallies[origin.source].tokens += tokens + len(end)
                 if writer.add(parts + end, origin.source):
-                    after = (origin.source, origin.file, origin.row + 1)
-                    writer.close_shard({"place": after, "tallies": [asdict(tally) for tally in tallies]})
+                    close_shard((origin.source, origin.file, origin.row + 1))
             advance(origin, tokens)
-        for (source, _), tally in zip(split.sources, tallies, strict=True):
-            tally.check(source)
-        if not any(tally.documents for tally in tallies):
-            names = ", ".join(repr(source.name) for source, _ in split.sources)
-            raise ValueError(
-                f"the {split.name} split holds no document: sources {names} gave {sum(t.records for t in tallies)} "
-                f"records, {sum(t.empty for t in tallies)} empty, {sum(t.short for t in tallies)} shorter than "
-                f"data.min_document_tokens={data.min_document_tokens}; name data.{split.name} sources that have some"
-            )
-        state = {"place": (len(split.sources), 0, 0), "tallies": [asdict(tally) for tally in tallies]}
-        writer.close_shard(state)
+    _check(split, tallies, data.min_document_tokens)
+    close_shard((len(split.sources), 0, 0))
     sources = [describe(*source) | asdict(tally) for source, tally in zip(split.sources, tallies, strict=True)]
     settings = {name: value for name, value in about.items() if name not in ("train", "heldout", "format")}
     writer.finish({"split": split.name, **settings, "tokenizer_path": tokenizer.path, "sources": sources})
+
+
+def _counts(tally: Tally, source: SourceConfig, origin: Origin, tokens: int, min_tokens: int) -> bool:
+    """Enter a record in its source's tally. True where it is a document for the store."""
+    tally.records += 1
+    if origin.fate == "bad":
+        tally.add_bad(source, origin.problem)
+    elif origin.fate == "empty":
+        tally.empty += 1
+    elif origin.fate == "other_split":
+        tally.other_split += 1
+    elif tokens < min_tokens:
+        tally.short += 1
+    else:
+        tally.documents += 1
+        return True
+    return False
+
+
+def _check(split: Split, tallies: list[Tally], min_tokens: int) -> None:
+    """ValueError for a source with too many bad records, or a split without any document."""
+    for (source, _), tally in zip(split.sources, tallies, strict=True):
+        tally.check(source)
+    if not any(tally.documents for tally in tallies):
+        names = ", ".join(repr(source.name) for source, _ in split.sources)
+        raise ValueError(
+            f"the {split.name} split holds no document: sources {names} gave {sum(t.records for t in tallies)} records, "
+            f"{sum(t.empty for t in tallies)} empty, {sum(t.short for t in tallies)} shorter than "
+            f"data.min_document_tokens={min_tokens}; name data.{split.name} sources that have some"
+        )
 
 
 def _origins(split: Split, place: tuple[int, ...]) -> Iterator[tuple[Origin, str]]:
@@ -207,7 +219,7 @@ def _origins(split: Split, place: tuple[int, ...]) -> Iterator[tuple[Origin, str
 def _encode(records: Iterator[tuple[Origin, str]], tokenizer: Tokenizer) -> Iterator[tuple[Origin, list[np.ndarray]]]:
     """Each record with its token ids in parts, in order, while the next batches are being read and encoded."""
     with ThreadPoolExecutor(2) as pool:
-        waiting: deque[tuple[Future[list[np.ndarray]], Batch]] = deque()
+        waiting: deque[tuple[Future[list[np.ndarray]], TextBatch]] = deque()
         parts: list[np.ndarray] = []  # of a record that goes on in the next batch
 
         def take() -> Iterator[tuple[Origin, list[np.ndarray]]]:
@@ -229,21 +241,21 @@ def _encode(records: Iterator[tuple[Origin, str]], tokenizer: Tokenizer) -> Iter
 
 
 @dataclass
-class Batch:
+class TextBatch:
     """Texts to encode together, and how many of them precede the end of each record that ends among them."""
 
     texts: list[str] = field(default_factory=list)
     ends: list[tuple[int, Origin]] = field(default_factory=list)
 
 
-def _batches(records: Iterator[tuple[Origin, str]], cuts: bool) -> Iterator[Batch]:
-    batch = Batch()
+def _batches(records: Iterator[tuple[Origin, str]], cuts: bool) -> Iterator[TextBatch]:
+    batch = TextBatch()
     characters = 0
     for origin, text in records:
         for piece in _pieces(text) if cuts else [text]:
             if characters >= BATCH_CHARACTERS or len(batch.ends) >= BATCH_RECORDS:
                 yield batch
-                batch, characters = Batch(), 0
+                batch, characters = TextBatch(), 0
             batch.texts.append(piece)
             characters += len(piece)
         batch.ends.append((len(batch.texts), origin))
