@@ -192,8 +192,9 @@ def _check(split: Split, tallies: list[Tally], min_tokens: int) -> None:
         tally.check(source)
     if not any(tally.documents for tally in tallies):
         names = ", ".join(repr(source.name) for source, _ in split.sources)
+        records = sum(t.records for t in tallies)
         raise ValueError(
-            f"the {split.name} split holds no document: sources {names} gave {sum(t.records for t in tallies)} records, "
+            f"the {split.name} split holds no document: sources {names} gave {records} records, "
             f"{sum(t.empty for t in tallies)} empty, {sum(t.short for t in tallies)} shorter than "
             f"data.min_document_tokens={min_tokens}; name data.{split.name} sources that have some"
         )
