@@ -209,4 +209,4 @@ class RoutedKeys:
         kv_heads, head_dim = self.shape[1:]
         for gradient, blocks in zip((grad_key, grad_value), self.gradients, strict=True):
             rows = blocks.view(kv_heads, len(self.tokens), head_dim).transpose(0, 1)
-            gradient.flatten(1).index_add_(0, self.tokens, rows.flatten(1))
+            gradient.view(len(gradient), -1).index_add_(0, self.tokens, rows.flatten(1))

@@ -95,8 +95,8 @@ class _Moba(torch.autograd.Function):
     ) -> Tensor:
         dense, (q, k, v) = _dense(query, key, value)
         keys = dense.RoutedKeys(k, v, bounds, block_size, scale)
-        merged = torch.empty_like(query)
-        merged_lse = torch.empty(query.shape[:2], dtype=_accumulator(query), device=query.device)
+        merged = query.new_empty(query.shape)
+        merged_lse = query.new_empty(query.shape[:2], dtype=_accumulator(query))
         for here, spans in _ranges(bounds, choices, query.shape[-1]):
             out, lse = dense.causal_forward(q[here], k[here], v[here], spans, block_size, scale)
             routes = route(choices[here], key.shape[1], len(bounds) - 1, dense.tile_rows(block_size))
@@ -113,8 +113,8 @@ class _Moba(torch.autograd.Function):
         query, key, value, choices, bounds, merged, merged_lse = ctx.saved_tensors
         dense, (grad, q, k, v, out) = _dense(grad_out, query, key, value, merged)
         keys = dense.RoutedKeys(k, v, bounds, ctx.block_size, ctx.scale)
-        grad_query = torch.empty_like(query)
-        grad_key, grad_value = (torch.empty_like(x, dtype=_accumulator(x)) for x in (key, value))
+        grad_query = query.new_empty(query.shape)
+        grad_key, grad_value = (x.new_empty(x.shape, dtype=_accumulator(x)) for x in (key, value))
         for here, spans in _ranges(bounds, choices, query.shape[-1]):
             inputs = (grad[here], q[here], k[here], v[here], out[here], merged_lse[here])
             grad_q, grad_key[here], grad_value[here] = dense.causal_backward(*inputs, spans, ctx.block_size, ctx.scale)

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from attention.cases import DEVICES
+
+from moba_train.attention.blocks import cut
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("lengths", "bounds", "first"),
+    [
+        ([10], [0, 4, 8, 10], [0, 0, 0]),
+        ([8], [0, 4, 8], [0, 0]),
+        ([1, 1], [0, 1, 2], [0, 1]),
+        ([5, 0, 3, 0, 9, 0, 0], [0, 4, 5, 8, 12, 16, 17], [0, 0, 2, 3, 3, 3]),
+    ],
+    ids=["tail", "whole", "one_token", "empty_segments"],
+)
+def test_bounds(device, lengths, bounds, first):
+    tokens = sum(lengths)
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    blocks = cut(cu_seqlens, 4, tokens)
+    assert blocks.bounds.dtype == blocks.first.dtype == blocks.of_token.dtype == torch.int32
+    assert blocks.bounds[: len(bounds)].tolist() == bounds
+    assert (blocks.bounds[len(bounds) :] == tokens).all()
+    assert blocks.first[: len(first)].tolist() == first
+    expected = [n for n in range(len(first)) for _ in range(bounds[n], bounds[n + 1])]
+    assert blocks.of_token.tolist() == expected
+
+
+def test_every_token_has_its_block_at_random():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        lengths = torch.randint(0, 40, (7,), generator=generator)
+        lengths[3] += 1
+        block_size = int(torch.randint(1, 20, (), generator=generator))
+        cu_seqlens = torch.cat((torch.zeros(1), lengths.cumsum(0))).int()
+        blocks = cut(cu_seqlens, block_size, int(lengths.sum()))
+        for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+            for token in range(start, stop):
+                own = blocks.of_token[token]
+                assert own - blocks.first[own] == (token - start) // block_size
+                assert blocks.bounds[own] == token - (token - start) % block_size

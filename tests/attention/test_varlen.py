@@ -1,0 +1,157 @@
+"""What is varlen's own: bounded memory, few calls, wide and odd inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention.cases import CASES, DEVICES, TOLERANCE, Case, assert_close, attend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from moba_train.attention import AttentionSpec, varlen
+from moba_train.attention.dense_cpu import _groups
+from moba_train.attention.reference import reference
+
+FULL = AttentionSpec("full")
+
+
+class Seen(TorchDispatchMode):
+    """Counts operators, and keeps the number of elements of the largest tensor that any of them returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.calls.append(str(function))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+@pytest.mark.parametrize("case", CASES[:6], ids=str)
+@pytest.mark.parametrize("kind", ["moba", "full"])
+def test_fp64_is_exact(case, kind):
+    spec = case.spec if kind == "moba" else FULL
+    tensors = tuple(x.double() for x in case.tensors())
+    assert_close(attend(varlen.varlen, case, spec, tensors), attend(reference, case, spec, tensors), 1e-13)
+
+
+def test_memory_grows_with_tokens_not_their_square():
+    case = Case("long", (6000,), heads=2, kv_heads=1, head_dim=16, block_size=64, top_k=3)
+    with Seen() as seen:
+        attend(varlen.varlen, case, case.spec, case.tensors())
+    query = 6000 * 2 * 16
+    assert seen.largest <= 2.5 * query + varlen.dense_cpu.CHUNK_ELEMENTS  # partial outputs of top_k - 1 = 2, padded
+    assert seen.largest < 6000 * 6000 / 10
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("block_size", [16, 90])
+def test_ranges_of_tokens_change_nothing(device, block_size, monkeypatch):
+    """A small workspace makes many ranges, of one block at least; documents and tails fall across them."""
+    case = Case("ranges", (330, 1, 0, 275, 33), block_size=block_size, top_k=5)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    tensors = case.tensors(device, dtype)
+    expected = attend(varlen.varlen, case, case.spec, tensors)
+    original, ranges = varlen._ranges, []
+
+    def spy(*arguments):
+        ranges.append(list(original(*arguments)))
+        return ranges[-1]
+
+    monkeypatch.setattr(varlen, "WORKSPACE_ELEMENTS", 1)
+    monkeypatch.setattr(varlen, "_ranges", spy)
+    assert_close(attend(varlen.varlen, case, case.spec, tensors), expected, TOLERANCE[dtype])
+    for direction in ranges:
+        assert len(direction) >= 4
+        assert [here.start for here, _ in direction[1:]] == [here.stop for here, _ in direction[:-1]]
+
+
+def test_many_segments_are_few_calls():
+    """2,000 documents of 1 to 40 tokens: calls follow the distinct lengths, not the documents."""
+    lengths = tuple((torch.arange(2000) * 7919 % 40 + 1).tolist())
+    case = Case("many", lengths, heads=2, kv_heads=1, head_dim=8, block_size=16, top_k=2)
+    for spec in (case.spec, FULL):
+        with Seen() as seen:
+            attend(varlen.varlen, case, spec, case.tensors())
+        assert len(seen.calls) < 2500
+
+
+@pytest.mark.parametrize(
+    ("lengths", "groups"),
+    [
+        ([256] * 16, [(16, 256, True)]),
+        ([5] + [16] * 9 + [3], [(1, 5, True), (9, 16, True), (1, 3, True)]),
+        ([1500, 1501], [(1, 1500, True), (1, 1501, True)]),
+        ([97, 111, 0, 112, 100], [(4, 112, False)]),
+    ],
+    ids=["blocks", "tails", "long_ones_exactly", "rounded_up"],
+)
+def test_spans_are_grouped_by_length(lengths, groups):
+    bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    assert [(g.count, g.width, g.index is None) for g in _groups(bounds)] == groups
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_inputs_need_not_be_contiguous(device):
+    case = Case("strided", (90, 21))
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    tensors = case.tensors(device, dtype)
+    strided = tuple(x.transpose(0, 1).contiguous().transpose(0, 1) for x in tensors)
+    for spec in (case.spec, FULL):
+        expected = attend(varlen.varlen, case, spec, tensors)
+        inputs = [x.detach().requires_grad_() for x in strided[:3]]
+        out = varlen.varlen(*inputs, case.cu_seqlens(device), 90, spec, case.head_dim**-0.5)
+        out.backward(strided[3])
+        found = {"out": out.detach(), **{f"grad_{n}": x.grad for n, x in zip("qkv", inputs, strict=True)}}
+        assert_close(found, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_uninitialised_memory_is_never_read(device):
+    """With fresh memory filled with NaN, results stay the same and finite."""
+    case = Case("poison", (150, 3, 0, 41))
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    tensors = case.tensors(device, dtype)
+    for spec in (case.spec, FULL):
+        expected = attend(varlen.varlen, case, spec, tensors)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty
+        try:
+            found = attend(varlen.varlen, case, spec, tensors)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert_close(found, expected, TOLERANCE[dtype])
+
+
+def test_saved_choices_spare_recomputation_the_gate():
+    case = Case("recomputed", (80,))
+    query, key, value, grad_out = case.tensors()
+    arguments = (case.cu_seqlens(), 80, case.spec, 0.2)
+
+    def keep_choices(context, function, *args, **kwargs):
+        keep = function is torch.ops.moba_train.varlen_choose.default
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    query.requires_grad_()
+    varlen.varlen(query, key, value, *arguments).backward(grad_out)
+    expected, query.grad = query.grad, None
+    with Seen() as seen:
+        out = checkpoint(
+            lambda q: varlen.varlen(q, key, value, *arguments),
+            query,
+            use_reentrant=False,
+            context_fn=lambda: create_selective_checkpoint_contexts(keep_choices),
+        )
+        out.backward(grad_out)
+    torch.testing.assert_close(query.grad, expected)
+    assert sum("varlen_choose" in name for name in seen.calls) == 1
+
+
+def test_refusals_name_the_reason():
+    query = torch.zeros(4, 2, 8)
+    assert varlen.refuses(query, query, FULL) is None
+    assert "meta" in varlen.refuses(query.to("meta"), query, FULL)
