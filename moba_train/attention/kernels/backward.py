@@ -4,9 +4,11 @@ row_dot        delta = sum(out * d_out) of each row. Reads both once.
 routed_query   like ``forward``, a program owns BLOCK_M entries of one list and sums their dQ over the block's keys: one
                partial dQ for each entry. 3 products; per entry 2 D elements gathered, D written.
 merge_query    like ``merge``, a program owns BLOCK_M consecutive rows: dQ from the own block plus the R partial ones.
+list_rows      log-sum-exp and delta of each entry, in the order of the lists: 8 bytes gathered and written an entry.
 key_value      a program owns BLOCK_N keys of one block and kv head. It runs over the block's whole list, in ascending
                order, then over the rows of the own block, and writes dK and dV once. 4 products; per entry and key tile
-               2 D elements gathered (from L2 when the block's tiles run side by side).
+               2 D elements gathered (from L2 when the block's tiles run side by side). Where one tile holds the block's
+               keys (QUERY), it also writes the entries' partial dQ, and routed_query has nothing left to do.
 """
 
 import triton
@@ -126,8 +128,8 @@ def merge_query_kernel(
     p_lse,
     p_delta,
     p_bounds,
+    p_first,
     p_of_token,
-    p_choice,
     p_partial,
     p_d_query,
     scale,
@@ -137,7 +139,7 @@ def merge_query_kernel(
     T,
     K,
     LOG2_E: tl.constexpr,
-    NONE: tl.constexpr,
+    FOLD_STAGES: tl.constexpr,
     G: tl.constexpr,
     R: tl.constexpr,
     D: tl.constexpr,
@@ -151,7 +153,9 @@ def merge_query_kernel(
     o_row = n_row + tl.arange(0, BLOCK_M)
     m_row = o_row < i_row_start + n_rows
     b_token = o_row // G
-    b_begin = tl.load(p_bounds + tl.load(p_of_token + b_token, mask=m_row, other=0))
+    b_own = tl.load(p_of_token + b_token, mask=m_row, other=0)
+    b_begin = tl.load(p_bounds + b_own)
+    b_earlier = b_own - tl.load(p_first + b_own)
     # (BLOCK_M,) and (BLOCK_M, BLOCK_D), two each
     b_lse = tl.load(p_lse + i_kv.to(tl.int64) * T * G + o_row, mask=m_row, other=float("inf"))
     b_delta = tl.load(p_delta + i_kv.to(tl.int64) * T * G + o_row, mask=m_row, other=0.0)
@@ -159,6 +163,12 @@ def merge_query_kernel(
     b_query = load_rows(p_query, o_query, m_row, D, BLOCK_D)
     b_d_out = load_rows(p_d_out, o_query, m_row, D, BLOCK_D)
     b_d_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    o_partial = (i_part_kv.to(tl.int64) * n_rows + (o_row - i_row_start)) * R
+    for i_choice in tl.range(R, num_stages=FOLD_STAGES):
+        m_chosen = m_row & (i_choice < b_earlier)
+        # (BLOCK_M, BLOCK_D)
+        b_d_query += load_rows(p_partial, (o_partial + i_choice) * D, m_chosen, D, BLOCK_D).to(tl.float32)
+    b_d_query *= LOG2_E / scale
     n_start, n_edge, n_plain, n_stop = own_bounds(p_bounds, p_of_token, n_row, T, G, BLOCK_M, BLOCK_N)
     b_d_query = _query_keys(
         p_key, p_value, b_query, b_d_out, b_lse, b_delta, b_begin, b_token, n_start, n_edge, n_stop, b_d_query, scale,
@@ -172,36 +182,53 @@ def merge_query_kernel(
         p_key, p_value, b_query, b_d_out, b_lse, b_delta, b_begin, b_token, n_plain, n_stop, n_stop, b_d_query, scale,
         i_kv, K, D, BLOCK_D, BLOCK_N, True,
     )  # fmt: skip
-    b_d_query *= scale / LOG2_E
-    o_entry = (i_kv.to(tl.int64) * T * G + o_row) * R
-    o_partial = (i_part_kv.to(tl.int64) * n_rows + (o_row - i_row_start)) * R
-    for i_choice in range(R):
-        m_chosen = m_row & (tl.load(p_choice + o_entry + i_choice, mask=m_row, other=NONE).to(tl.int32) != NONE)
-        # (BLOCK_M, BLOCK_D)
-        b_d_query += load_rows(p_partial, (o_partial + i_choice) * D, m_chosen, D, BLOCK_D).to(tl.float32)
-    store_rows(p_d_query, o_query, b_d_query, m_row, D, BLOCK_D)
+    store_rows(p_d_query, o_query, b_d_query * (scale / LOG2_E), m_row, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def list_rows_kernel(
+    p_offsets,
+    p_entries,
+    p_lse,
+    p_delta,
+    p_listed_lse,
+    p_listed_delta,
+    i_kv_start,
+    W,
+    N,
+    P,
+    R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    i_part_kv = tl.program_id(1).to(tl.int64)
+    n_stop = tl.load(p_offsets + (i_part_kv + 1) * N * P)
+    # (BLOCK_E,)
+    o_list = tl.load(p_offsets + i_part_kv * N * P) + tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    m_list = o_list < n_stop
+    o_row = tl.load(p_entries + o_list, mask=m_list, other=0) // R + (i_part_kv + i_kv_start) * W
+    tl.store(p_listed_lse + o_list, tl.load(p_lse + o_row, mask=m_list), mask=m_list)
+    tl.store(p_listed_delta + o_list, tl.load(p_delta + o_row, mask=m_list), mask=m_list)
 
 
 @triton.jit
 def _key_value_step(
-    p_query, p_d_out, p_lse, p_delta, o_row, m_row, b_key, b_value, b_d_key, b_d_value, o_key, n_key_stop, scale, i_kv,
-    W, K, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
+    p_query, p_d_out, p_lse, p_delta, o_query, o_token, m_row, b_key, b_value, b_d_key, b_d_value, o_key, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Add one tile of rows to dK (unscaled) and dV. Scores are (keys, rows)."""
+    """Add one tile of rows to dK (unscaled) and dV; also returns the gradient of its scores, (keys, rows)."""
     # (BLOCK_M, BLOCK_D) and (BLOCK_M,), two each
-    o_query = row_offsets(o_row, i_kv, K, G, D)
     b_query = load_rows(p_query, o_query, m_row, D, BLOCK_D)
-    b_lse = tl.load(p_lse + i_kv.to(tl.int64) * W + o_row, mask=m_row, other=float("inf"))
+    b_lse = tl.load(p_lse, mask=m_row, other=float("inf"))
     b_weight = tl.exp2(tl.dot(b_key, tl.trans(b_query)) * scale - b_lse[None, :])
     if CAUSAL:
-        b_weight = tl.where((o_key[:, None] <= (o_row // G)[None, :]) & (o_key < n_key_stop)[:, None], b_weight, 0.0)
+        b_weight = tl.where(o_key[:, None] <= o_token[None, :], b_weight, 0.0)
     b_d_out = load_rows(p_d_out, o_query, m_row, D, BLOCK_D)
     b_d_value = tl.dot(b_weight.to(b_d_out.dtype), b_d_out, b_d_value)
     b_d_weight = tl.dot(b_value, tl.trans(b_d_out))
-    b_delta = tl.load(p_delta + i_kv.to(tl.int64) * W + o_row, mask=m_row, other=0.0)
+    b_delta = tl.load(p_delta, mask=m_row, other=0.0)
     b_d_scores = (b_weight * (b_d_weight - b_delta[None, :])).to(b_query.dtype)
     b_d_key = tl.dot(b_d_scores, b_query, b_d_key)
-    return b_d_key, b_d_value
+    return b_d_key, b_d_value, b_d_scores
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -215,6 +242,9 @@ def key_value_kernel(
     p_bounds,
     p_offsets,
     p_entries,
+    p_listed_lse,
+    p_listed_delta,
+    p_partial,
     p_d_key,
     p_d_value,
     scale,
@@ -225,6 +255,7 @@ def key_value_kernel(
     P,
     K,
     LOG2_E: tl.constexpr,
+    QUERY: tl.constexpr,
     G: tl.constexpr,
     R: tl.constexpr,
     TILES: tl.constexpr,
@@ -244,27 +275,38 @@ def key_value_kernel(
     if n_key >= n_key_stop:
         return
     o_key = n_key + tl.arange(0, BLOCK_N)
-    # (BLOCK_N, BLOCK_D) each
+    # (BLOCK_N, BLOCK_D) each; zero past the block: what those keys get is not stored, and adds nothing to dQ
     b_key = load_keys(p_key, o_key, n_key_stop, i_kv, K, D, BLOCK_D, True)
     b_value = load_keys(p_value, o_key, n_key_stop, i_kv, K, D, BLOCK_D, True)
     b_d_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_d_value = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if R > 0:
         i_list = i_part_kv.to(tl.int64) * N + i_block
+        n_start = tl.load(p_offsets + i_list * P)
         n_stop = tl.load(p_offsets + (i_list + 1) * P)
-        for n_entry in range(tl.load(p_offsets + i_list * P), n_stop, BLOCK_M):
+        o_list = n_start + tl.arange(0, BLOCK_M)
+        o_entry = tl.load(p_entries + o_list, mask=o_list < n_stop, other=0)
+        for n_entry in range(n_start, n_stop, BLOCK_M):
             o_list = n_entry + tl.arange(0, BLOCK_M)
             m_row = o_list < n_stop
-            o_row = tl.load(p_entries + o_list, mask=m_row, other=0) // R
-            b_d_key, b_d_value = _key_value_step(
-                p_query, p_d_out, p_lse, p_delta, o_row, m_row, b_key, b_value, b_d_key, b_d_value, o_key, n_key_stop,
-                scale, i_kv, W, K, G, D, BLOCK_D, False,
+            # Entries are read a tile ahead, so that the gathers can be pipelined: their addresses are there in time.
+            o_ahead = tl.load(p_entries + o_list + BLOCK_M, mask=o_list + BLOCK_M < n_stop, other=0)
+            o_query = row_offsets(o_entry // R, i_kv, K, G, D)
+            b_d_key, b_d_value, b_d_scores = _key_value_step(
+                p_query, p_d_out, p_listed_lse + o_list, p_listed_delta + o_list, o_query, o_entry, m_row, b_key,
+                b_value, b_d_key, b_d_value, o_key, scale, D, BLOCK_D, False,
             )  # fmt: skip
+            if QUERY:
+                b_d_query = tl.dot(tl.trans(b_d_scores), b_key) * (scale / LOG2_E)
+                o_partial = i_part_kv.to(tl.int64) * W * R + o_entry
+                store_rows(p_partial, o_partial * D, b_d_query, m_row, D, BLOCK_D)
+            o_entry = o_ahead
+    o_lse = i_kv.to(tl.int64) * W
     for n_row in range(n_key * G, n_key_stop * G, BLOCK_M):
         o_row = n_row + tl.arange(0, BLOCK_M)
-        b_d_key, b_d_value = _key_value_step(
-            p_query, p_d_out, p_lse, p_delta, o_row, o_row < n_key_stop * G, b_key, b_value, b_d_key, b_d_value, o_key,
-            n_key_stop, scale, i_kv, W, K, G, D, BLOCK_D, True,
+        b_d_key, b_d_value, b_d_scores = _key_value_step(
+            p_query, p_d_out, p_lse + o_lse + o_row, p_delta + o_lse + o_row, row_offsets(o_row, i_kv, K, G, D),
+            o_row // G, o_row < n_key_stop * G, b_key, b_value, b_d_key, b_d_value, o_key, scale, D, BLOCK_D, True,
         )  # fmt: skip
     o_store = (o_key.to(tl.int64) * K + i_kv) * D
     store_rows(p_d_key, o_store, b_d_key * (scale / LOG2_E), o_key < n_key_stop, D, BLOCK_D)

@@ -1,11 +1,12 @@
 """Listed queries against their block: one partial output for each entry.
 
-A program owns FORWARD_ROWS entries of one (kv head, block) list, gathers their queries, and runs over the block's keys
-with an online softmax: ordinary dense matrix products, no mask. Its results go where the entry says, so that ``merge``
-finds the R partial outputs of a row side by side.
+Large blocks (routed): a program owns BLOCK_M entries of one (kv head, block) list, gathers their queries, and runs over
+the block's keys with an online softmax: ordinary dense matrix products, no mask. Blocks of one key tile (resident): a
+program owns a list, keeps the block's keys and values, and runs over the entries, BLOCK_M at a time. Either way a
+result goes where its entry says, so that ``merge`` finds the R partial outputs of a row side by side.
 
-Work: 4 x B x D operations an entry. Bytes an entry: D elements gathered and D elements + 4 bytes written; the block's
-keys and values come from L2, once for each FORWARD_ROWS entries.
+Work: 4 x B x D operations an entry. Bytes an entry: D elements gathered and D elements + 4 bytes written. The block's
+keys and values come from L2, once for each BLOCK_M entries (routed) or once (resident).
 """
 
 import triton
@@ -81,3 +82,67 @@ def routed_forward_kernel(
     o_partial = (i_list // N).to(tl.int64) * n_entries + (o_entry - i_entry_start)
     store_rows(p_partial, o_partial * D, b_out / b_sum[:, None], m_row, D, BLOCK_D)
     tl.store(p_partial_lse + o_partial, b_max + tl.log2(b_sum), mask=m_row)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def resident_forward_kernel(
+    p_query,
+    p_key,
+    p_value,
+    p_bounds,
+    p_offsets,
+    p_entries,
+    p_partial,
+    p_partial_lse,
+    scale,
+    i_kv_start,
+    i_entry_start,
+    n_entries,
+    n_kv,
+    N,
+    P,
+    i_part,
+    n_parts,
+    K,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    B: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # Over all kv heads first: a segment's early blocks have the longest lists, and the longest work starts first.
+    i_part_kv = tl.program_id(0) % n_kv
+    i_block = tl.program_id(0) // n_kv
+    i_kv = i_kv_start + i_part_kv
+    p_offsets += (i_part_kv.to(tl.int64) * N + i_block) * P + i_part
+    n_start = tl.load(p_offsets)
+    n_stop = tl.load(p_offsets + n_parts)
+    if n_start >= n_stop:
+        return
+    n_token = tl.load(p_bounds + i_block)
+    o_key = n_token + tl.arange(0, BLOCK_N)
+    # (BLOCK_N, BLOCK_D) each
+    b_key = load_keys(p_key, o_key, n_token + B, i_kv, K, D, BLOCK_D, B != BLOCK_N)
+    b_value = load_keys(p_value, o_key, n_token + B, i_kv, K, D, BLOCK_D, B != BLOCK_N)
+    o_list = n_start + tl.arange(0, BLOCK_M)
+    o_entry = tl.load(p_entries + o_list, mask=o_list < n_stop, other=0)
+    for n_entry in range(n_start, n_stop, BLOCK_M):
+        o_list = n_entry + tl.arange(0, BLOCK_M)
+        m_row = o_list < n_stop
+        # Entries are read a tile ahead, so that the gathers can be pipelined: their addresses are there in time.
+        o_ahead = tl.load(p_entries + o_list + BLOCK_M, mask=o_list + BLOCK_M < n_stop, other=0)
+        # (BLOCK_M, BLOCK_D)
+        b_query = load_rows(p_query, row_offsets(o_entry // R, i_kv, K, G, D), m_row, D, BLOCK_D)
+        b_scores = tl.dot(b_query, tl.trans(b_key))
+        if B != BLOCK_N:
+            b_scores = tl.where((o_key < n_token + B)[None, :], b_scores, -float("inf"))
+        b_max = tl.max(b_scores, 1) * scale
+        b_weight = tl.exp2(b_scores * scale - b_max[:, None])
+        b_sum = tl.sum(b_weight, 1)
+        b_out = tl.dot(b_weight.to(b_value.dtype), b_value)
+        o_partial = i_part_kv.to(tl.int64) * n_entries + (o_entry - i_entry_start)
+        store_rows(p_partial, o_partial * D, b_out / b_sum[:, None], m_row, D, BLOCK_D)
+        tl.store(p_partial_lse + o_partial, b_max + tl.log2(b_sum), mask=m_row)
+        o_entry = o_ahead

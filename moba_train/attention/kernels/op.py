@@ -1,7 +1,8 @@
 """The ``triton`` backend: the kernels as PyTorch operators, so that autograd, torch.compile and checkpointing see them.
 
 Two operators, because the choices are worth keeping: a selective checkpointing policy that saves the output of
-``moba_train::choose`` spares the recomputation its gate. ``moba_train::attend`` routes them and attends.
+``moba_train::choose`` spares the recomputation its gate. ``moba_train::attend`` routes them and attends. Operators take
+tensors alone, so the fields of ``Blocks`` are arguments of their own.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
-from moba_train.attention.blocks import cut
-from moba_train.attention.kernels.launch import attend as launch_attend
-from moba_train.attention.kernels.launch import attend_backward as launch_attend_backward
+from moba_train.attention.blocks import Blocks, cut
+from moba_train.attention.kernels import launch
 from moba_train.attention.kernels.pool import pool
 from moba_train.attention.kernels.select import choice_type, select
 from moba_train.attention.spec import AttentionSpec
@@ -23,20 +23,23 @@ MOST_ENTRIES = 1 << 31  # of one kv head: entries are counted in int32
 
 
 @torch.library.custom_op("moba_train::choose", mutates_args=())
-def choose(query: Tensor, key: Tensor, cu_seqlens: Tensor, block_size: int, top_k: int) -> Tensor:
+def choose(
+    query: Tensor, key: Tensor, bounds: Tensor, first: Tensor, of_token: Tensor, block_size: int, top_k: int
+) -> Tensor:
     """The gate: (K, T, G, top_k - 1) blocks of each query, counted from its segment's first (see ``select``)."""
-    query, key = query.contiguous(), key.contiguous()
     tokens, heads, _ = query.shape
     kv_heads = key.shape[1]
     if top_k == 1:
         shape = (kv_heads, tokens, heads // kv_heads, 0)
         return torch.empty(shape, dtype=choice_type(tokens, block_size), device=query.device)
-    blocks = cut(cu_seqlens, block_size, tokens)
-    return select(query, *pool(key, blocks), blocks, block_size, top_k - 1)
+    blocks = Blocks(bounds, first, of_token)
+    return select(query.contiguous(), *pool(key.contiguous(), blocks), blocks, block_size, top_k - 1)
 
 
 @choose.register_fake
-def _(query: Tensor, key: Tensor, cu_seqlens: Tensor, block_size: int, top_k: int) -> Tensor:
+def _(
+    query: Tensor, key: Tensor, bounds: Tensor, first: Tensor, of_token: Tensor, block_size: int, top_k: int
+) -> Tensor:
     tokens, heads, _ = query.shape
     shape = (key.shape[1], tokens, heads // key.shape[1], top_k - 1)
     return query.new_empty(shape, dtype=choice_type(tokens, block_size))
@@ -44,18 +47,32 @@ def _(query: Tensor, key: Tensor, cu_seqlens: Tensor, block_size: int, top_k: in
 
 @torch.library.custom_op("moba_train::attend", mutates_args=())
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, choices: Tensor, block_size: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    first: Tensor,
+    of_token: Tensor,
+    choices: Tensor,
+    block_size: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """(out (T, H, D), log-sum-exp (K, T * G)) of attention to the chosen blocks and the own one."""
-    blocks = cut(cu_seqlens, block_size, len(query))
-    return launch_attend(
-        query.contiguous(), key.contiguous(), value.contiguous(), blocks, choices.contiguous(), block_size, scale
-    )
+    tensors = [tensor.contiguous() for tensor in (query, key, value)]
+    return launch.attend(*tensors, Blocks(bounds, first, of_token), choices.contiguous(), block_size, scale)
 
 
 @attend.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, choices: Tensor, block_size: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    first: Tensor,
+    of_token: Tensor,
+    choices: Tensor,
+    block_size: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     tokens, heads, _ = query.shape
     kv_heads = key.shape[1]
@@ -71,15 +88,16 @@ def attend_backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens: Tensor,
+    bounds: Tensor,
+    first: Tensor,
+    of_token: Tensor,
     choices: Tensor,
     block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dQ, dK, dV)."""
-    blocks = cut(cu_seqlens, block_size, len(query))
     tensors = [tensor.contiguous() for tensor in (d_out, query, key, value, out, lse)]
-    return launch_attend_backward(*tensors, blocks, choices.contiguous(), block_size, scale)
+    return launch.attend_backward(*tensors, Blocks(bounds, first, of_token), choices.contiguous(), block_size, scale)
 
 
 @attend_backward.register_fake
@@ -90,7 +108,9 @@ def _(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens: Tensor,
+    bounds: Tensor,
+    first: Tensor,
+    of_token: Tensor,
     choices: Tensor,
     block_size: int,
     scale: float,
@@ -99,15 +119,14 @@ def _(
 
 
 def _save(ctx, inputs, output) -> None:
-    query, key, value, cu_seqlens, choices, ctx.block_size, ctx.scale = inputs
+    query, key, value, bounds, first, of_token, choices, ctx.block_size, ctx.scale = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(query, key, value, out, lse, cu_seqlens, choices)
+    ctx.save_for_backward(query, key, value, out, lse, bounds, first, of_token, choices)
 
 
 def _gradients(ctx, d_out: Tensor, _d_lse: Tensor):
-    gradients = attend_backward(d_out, *ctx.saved_tensors, ctx.block_size, ctx.scale)
-    return *gradients, None, None, None, None
+    return *attend_backward(d_out, *ctx.saved_tensors, ctx.block_size, ctx.scale), *[None] * 6
 
 
 attend.register_autograd(_gradients, setup_context=_save)
@@ -118,10 +137,13 @@ def refuses(query: Tensor, key: Tensor, spec: AttentionSpec) -> str | None:
     if spec.kind != "moba":
         return f"it computes moba, not {spec.kind}"
     block_size, top_k = spec.moba
-    if query.device.type != "cuda" and not triton.knobs.runtime.interpret:
+    if query.device.type == "cuda":
+        if torch.cuda.get_device_capability(query.device) < (8, 0):
+            return "it needs compute capability 8.0 or later"
+    elif not triton.knobs.runtime.interpret:
         return f"it needs a CUDA device and the tensors are on {query.device}"
-    if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) < (8, 0):
-        return "it needs compute capability 8.0 or later"
+    elif query.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 as integers"
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"it computes in bfloat16 or float16, not {query.dtype}"
     if query.shape[-1] > LARGEST_HEAD_DIM or query.shape[-1] % 8:
@@ -137,7 +159,7 @@ def refuses(query: Tensor, key: Tensor, spec: AttentionSpec) -> str | None:
 def triton_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, spec: AttentionSpec, scale: float
 ) -> Tensor:
-    """MoBA in fused kernels, with a bitwise repeatable forward and backward. Arguments and result as in ``reference``.
+    """MoBA in fused kernels; forward and backward repeat bit by bit. Arguments and result as in ``reference``.
 
     Raises:
         ValueError: a scale that is not positive.
@@ -145,6 +167,8 @@ def triton_attention(
     block_size, top_k = spec.moba
     if not scale > 0:
         raise ValueError(f"scale is {scale}; the triton backend needs one above 0")
-    choices = choose(query.detach(), key.detach(), cu_seqlens, block_size, top_k)
-    out, _ = attend(query, key, value, cu_seqlens, choices, block_size, scale)
+    blocks = cut(cu_seqlens, block_size, len(query))
+    bounds = (blocks.bounds, blocks.first, blocks.of_token)
+    choices = choose(query.detach(), key.detach(), *bounds, block_size, top_k)
+    out, _ = attend(query, key, value, *bounds, choices, block_size, scale)
     return out

@@ -22,9 +22,9 @@ from moba_train.attention.blocks import Blocks
 from moba_train.attention.kernels.rows import NUMBERS
 
 COUNT_ENTRIES = 1024
-ROUTE_ENTRIES = 256
-COMPARE_ENTRIES = 16
-ROUTE_PROGRAMS = 2048  # enough to fill a GPU with walks that mostly wait
+ROUTE_ENTRIES = 64
+ROUTE_WARPS = 1
+ROUTE_PROGRAMS = 4096  # enough to fill a GPU with walks that mostly wait
 MOST_CURSORS = 1 << 24  # 64 MiB
 
 
@@ -98,33 +98,30 @@ def _scatter_kernel(
     GR: tl.constexpr,
     NONE: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
     i_part, i_kv = tl.program_id(0), tl.program_id(1)
     p_choice += i_kv.to(tl.int64) * W * R
     p_cursor += i_kv.to(tl.int64) * N * P + i_part
     n_stop = tl.minimum((i_part + 1) * n_part, W * R)
     o_place = tl.arange(0, BLOCK_E)
+    # (BLOCK_E,)
+    b_block = _load_blocks(p_choice, p_first, p_of_token, i_part * n_part + o_place, n_stop, GR, NONE)
     for n_entry in range(i_part * n_part, n_stop, BLOCK_E):
-        # (BLOCK_E,)
         o_entry = n_entry + o_place
-        b_block = _load_blocks(p_choice, p_first, p_of_token, o_entry, n_stop, GR, NONE)
-        b_rank = tl.zeros([BLOCK_E], tl.int32)
-        b_total = tl.zeros([BLOCK_E], tl.int32)
-        for n_place in range(0, BLOCK_E, BLOCK_C):
-            # (BLOCK_C,) of the same entries, to compare with
-            o_other = n_place + tl.arange(0, BLOCK_C)
-            b_other = _load_blocks(p_choice, p_first, p_of_token, n_entry + o_other, n_stop, GR, NONE)
-            m_equal = b_block[:, None] == b_other[None, :]
-            b_rank += tl.sum((m_equal & (o_other[None, :] < o_place[:, None])).to(tl.int32), 1)
-            b_total += tl.sum(m_equal.to(tl.int32), 1)
+        # The next tile's blocks, on their way while this one's are ranked.
+        b_ahead = _load_blocks(p_choice, p_first, p_of_token, o_entry + BLOCK_E, n_stop, GR, NONE)
+        # Equal entries before this one in the low half, itself and those after it in the high half.
+        b_weight = tl.where(o_place[None, :] < o_place[:, None], 1, 1 << 16)
+        b_equal = tl.sum(tl.where(b_block[:, None] == b_block[None, :], b_weight, 0), 1)
+        b_rank = b_equal & 0xFFFF
         p_own = p_cursor + b_block.to(tl.int64) * P
         # Other threads of this program moved the cursors in the tile before: read them from L2, between barriers.
         b_cursor = tl.load(p_own, mask=b_block >= 0, other=0, volatile=True)
         tl.debug_barrier()
         tl.store(p_entry + b_cursor + b_rank, o_entry, mask=b_block >= 0)
-        tl.store(p_own, b_cursor + b_total, mask=(b_block >= 0) & (b_rank == b_total - 1))
+        tl.store(p_own, b_cursor + b_rank + 1, mask=(b_block >= 0) & (b_equal >> 16 == 1))
         tl.debug_barrier()
+        b_block = b_ahead
 
 
 def route(choices: Tensor, blocks: Blocks) -> Lists:
@@ -164,7 +161,7 @@ def route(choices: Tensor, blocks: Blocks) -> Lists:
         *arguments,
         **sizes,
         BLOCK_E=ROUTE_ENTRIES,
-        BLOCK_C=COMPARE_ENTRIES,
+        num_warps=ROUTE_WARPS,
     )
     return Lists(entries=entries, offsets=offsets, parts=parts, part_tokens=part_tokens)
 

@@ -1,6 +1,6 @@
 """The best earlier blocks of every query, without a matrix of scores.
 
-A program owns SELECT_ROWS rows of one kv head and streams over the representatives of the blocks they may choose from,
+A program owns BLOCK_M rows of one kv head and streams over the representatives of the blocks they may choose from,
 SELECT_BLOCKS at a time, in block order. It keeps the R best (score, block) pairs of each row. Of a tile of scores it
 takes the best one of every row as long as some row still gains by it; after the first tiles that is seldom more than
 two or three rounds. A new pair replaces the worst one only if it is strictly better, and of equal worst ones the last:
@@ -18,21 +18,31 @@ from torch import Tensor
 from moba_train.attention.blocks import Blocks
 from moba_train.attention.kernels.rows import NUMBERS, load_rows, row_offsets
 
-SELECT_ROWS = 64
-SELECT_BLOCKS = 128
+SELECT_BLOCKS = 64
 FAR = 1 << 30  # beyond every block index
+LOWEST = -3.0e38  # below every score, above -inf
 
 
 @triton.jit
 def _scores(
-    p_high, p_low, b_query, i_base, n_block, n_stop, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr
+    p_high,
+    p_low,
+    b_query,
+    i_base,
+    n_block,
+    n_stop,
+    LOWEST: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Gate scores (BLOCK_M, BLOCK_N) of the blocks from n_block on; 0 from n_stop on."""
+    """Gate scores (BLOCK_M, BLOCK_N) of the blocks from n_block on; 0 from n_stop on. A score that is not a number
+    ranks last, above no block at all: every query gets as many blocks as its place in the segment says."""
     o_block = n_block + tl.arange(0, BLOCK_N)
     # (BLOCK_N, BLOCK_D) each
     b_high = load_rows(p_high, (i_base + o_block) * D, o_block < n_stop, D, BLOCK_D)
     b_low = load_rows(p_low, (i_base + o_block) * D, o_block < n_stop, D, BLOCK_D)
-    return tl.dot(b_query, tl.trans(b_high), tl.dot(b_query, tl.trans(b_low)))
+    return tl.maximum(tl.dot(b_query, tl.trans(b_high), tl.dot(b_query, tl.trans(b_low))), LOWEST)
 
 
 @triton.jit
@@ -40,16 +50,19 @@ def _insert(b_scores, o_block, b_best, b_index, FAR: tl.constexpr):
     """Carry the scores (BLOCK_M, BLOCK_N) of blocks o_block into the best pairs (BLOCK_M, SLOTS)."""
     b_top = tl.max(b_scores, 1)
     b_worst = tl.min(b_best, 1)
-    while tl.max((b_top > b_worst).to(tl.int32), 0) > 0:
-        b_which = tl.min(tl.where(b_scores == b_top[:, None], o_block[None, :], FAR), 1)
-        m_worst = b_best == b_worst[:, None]
-        b_last = tl.max(tl.where(m_worst, b_index, -1), 1)
-        m_slot = m_worst & (b_index == b_last[:, None]) & (b_top > b_worst)[:, None]
-        b_best = tl.where(m_slot, b_top[:, None], b_best)
-        b_index = tl.where(m_slot, b_which[:, None], b_index)
-        b_scores = tl.where(o_block[None, :] == b_which[:, None], -float("inf"), b_scores)
-        b_top = tl.max(b_scores, 1)
-        b_worst = tl.min(b_best, 1)
+    n_gain = tl.max((b_top > b_worst).to(tl.int32), 0)
+    if n_gain > 0:  # a branch of its own: a loop right inside the caller's would keep that one's loads from pipelining
+        while n_gain > 0:
+            b_which = tl.min(tl.where(b_scores == b_top[:, None], o_block[None, :], FAR), 1)
+            m_worst = b_best == b_worst[:, None]
+            b_last = tl.max(tl.where(m_worst, b_index, -1), 1)
+            m_slot = m_worst & (b_index == b_last[:, None]) & (b_top > b_worst)[:, None]
+            b_best = tl.where(m_slot, b_top[:, None], b_best)
+            b_index = tl.where(m_slot, b_which[:, None], b_index)
+            b_scores = tl.where(o_block[None, :] == b_which[:, None], -float("inf"), b_scores)
+            b_top = tl.max(b_scores, 1)
+            b_worst = tl.min(b_best, 1)
+            n_gain = tl.max((b_top > b_worst).to(tl.int32), 0)
     return b_best, b_index
 
 
@@ -69,6 +82,7 @@ def _select_kernel(
     SLOTS: tl.constexpr,
     NONE: tl.constexpr,
     FAR: tl.constexpr,
+    LOWEST: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -100,16 +114,16 @@ def _select_kernel(
     i_base = i_kv.to(tl.int64) * N
     for n_block in range(n_start, n_edge, BLOCK_N):
         o_block = n_block + tl.arange(0, BLOCK_N)
-        b_scores = _scores(p_high, p_low, b_query, i_base, n_block, i_own_high, D, BLOCK_D, BLOCK_N)
+        b_scores = _scores(p_high, p_low, b_query, i_base, n_block, i_own_high, LOWEST, D, BLOCK_D, BLOCK_N)
         m_allowed = (o_block[None, :] >= b_first[:, None]) & (o_block[None, :] < b_own[:, None])
         b_best, b_index = _insert(tl.where(m_allowed, b_scores, -float("inf")), o_block, b_best, b_index, FAR)
     for n_block in range(n_edge, n_plain, BLOCK_N):
         o_block = n_block + tl.arange(0, BLOCK_N)
-        b_scores = _scores(p_high, p_low, b_query, i_base, n_block, i_own_high, D, BLOCK_D, BLOCK_N)
+        b_scores = _scores(p_high, p_low, b_query, i_base, n_block, i_own_high, LOWEST, D, BLOCK_D, BLOCK_N)
         b_best, b_index = _insert(b_scores, o_block, b_best, b_index, FAR)
     for n_block in range(n_plain, i_own_high, BLOCK_N):
         o_block = n_block + tl.arange(0, BLOCK_N)
-        b_scores = _scores(p_high, p_low, b_query, i_base, n_block, i_own_high, D, BLOCK_D, BLOCK_N)
+        b_scores = _scores(p_high, p_low, b_query, i_base, n_block, i_own_high, LOWEST, D, BLOCK_D, BLOCK_N)
         m_allowed = (o_block[None, :] >= b_first[:, None]) & (o_block[None, :] < b_own[:, None])
         b_best, b_index = _insert(tl.where(m_allowed, b_scores, -float("inf")), o_block, b_best, b_index, FAR)
 
@@ -144,7 +158,7 @@ def select(query: Tensor, high: Tensor, low: Tensor, blocks: Blocks, block_size:
     dtype = choice_type(tokens, block_size)
     choices = torch.empty(kv_heads, tokens, group, choose, dtype=dtype, device=query.device)
     slots = triton.next_power_of_2(choose)
-    rows = SELECT_ROWS if slots <= 64 else 16
+    rows, warps = (128, 8) if slots <= 32 else (64, 4) if slots <= 64 else (16, 4)  # the pairs stay in registers
     _select_kernel[(triton.cdiv(tokens * group, rows), kv_heads)](
         query,
         high,
@@ -160,11 +174,12 @@ def select(query: Tensor, high: Tensor, low: Tensor, blocks: Blocks, block_size:
         SLOTS=slots,
         NONE=torch.iinfo(dtype).max,
         FAR=FAR,
+        LOWEST=LOWEST,
         D=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),
         BLOCK_M=rows,
         BLOCK_N=SELECT_BLOCKS,
-        num_warps=4,
+        num_warps=warps,
         num_stages=2,
     )
     return choices
