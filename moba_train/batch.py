@@ -36,5 +36,3 @@ def count_positions(bins: PositionLoss, losses: torch.Tensor, inputs: dict[str, 
     fills = (positions[:, -1:] == length - 1).expand_as(positions)
     valid = inputs["targets"] != IGNORE
     bins.add(losses.flatten(), positions.flatten() + 1, valid.flatten(), fills.flatten())
-
-

@@ -38,7 +38,7 @@ class CheckpointError(ValueError):
 
 
 def save(folder: Path, engine, state: dict[str, Any], keep: int, runtime: Runtime) -> Path:
-    """Commit a checkpoint of step ``state["step"]`` under ``folder`` and prune to the newest ``keep``. All ranks call it."""
+    """Commit a checkpoint of step ``state["step"]`` under ``folder``; keep the newest ``keep``. All ranks call it."""
     name = f"step_{state['step']:08d}"
     partial, final = folder / f".{name}.partial", folder / name
     if final.exists():
@@ -85,7 +85,9 @@ def newest_whole(folder: Path) -> Path | None:
         else:
             return path
     if candidates:
-        raise CheckpointError(f"none of the {len(candidates)} checkpoints in {folder} is whole: start anew in another run.name")
+        raise CheckpointError(
+            f"none of the {len(candidates)} checkpoints in {folder} is whole: start anew in another run.name"
+        )
     return None
 
 
@@ -167,9 +169,7 @@ def _decode(text: str) -> torch.Tensor:
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {
-        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files
-    }
+    return {str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
 
 
 def _sha256(file: Path) -> str:

@@ -7,7 +7,6 @@ still before any process is started. Enum members are lower case because OmegaCo
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -119,7 +118,7 @@ class DataConfig:
     heldout_fraction: float = 0.0  # of the train documents, taken where `heldout` is empty
     store_dir: str = "data/store"  # one sub-folder a (sources, tokenizer) pair
     append_eos: bool = True  # the tokenizer's end-of-text token after every document
-    workers: int = 0  # tokenising processes; 0: one a core
+    threads: int = 0  # tokenising threads; 0: one a core
     min_document_tokens: int = 1  # shorter documents are dropped and counted
 
 

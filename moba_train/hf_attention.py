@@ -91,9 +91,7 @@ def attention_forward(
     return output.view(batch, length, heads, head_dim), None
 
 
-def segment_bounds(
-    position_ids: torch.Tensor | None, batch: int, length: int, device: torch.device
-) -> torch.Tensor:
+def segment_bounds(position_ids: torch.Tensor | None, batch: int, length: int, device: torch.device) -> torch.Tensor:
     """Bounds of the segments that ``position_ids`` (batch or 1, length) describe, (segments + 1,) int32.
 
     For callers who pack by positions alone. It reads data back from the device, once a layer: the training loop
@@ -137,11 +135,15 @@ def _refuse_unsupported(
     query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, dropout: float, kwargs: dict[str, Any]
 ) -> None:
     if mask is not None:
-        raise ValueError(f"attention_mask of shape {tuple(mask.shape)} cannot be honoured by the moba attention: pass None")
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)} cannot be honoured by the moba attention: pass None"
+        )
     if query.shape[2] != key.shape[2]:
         raise ValueError(_cache_message(query.shape[2], key.shape[2]))
     if dropout:
-        raise ValueError(f"attention_dropout={dropout} is not part of the moba attention: set it to 0 in the configuration")
+        raise ValueError(
+            f"attention_dropout={dropout} is not part of the moba attention: set it to 0 in the configuration"
+        )
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}={kwargs[name]!r} is not part of the moba attention: use a model without it")
@@ -149,6 +151,6 @@ def _refuse_unsupported(
 
 def _cache_message(q_length: int, kv_length: int) -> str:
     return (
-        f"{q_length} queries against {kv_length} keys: the moba attention trains and reads whole sequences, it does not "
+        f"{q_length} queries against {kv_length} keys: the moba attention reads whole sequences; it does not "
         f"decode from a cache. Pass use_cache=False, or load the exported model with attn_implementation='sdpa'"
     )

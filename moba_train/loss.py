@@ -64,8 +64,8 @@ def refuse_changed_logits(configuration: PretrainedConfig) -> None:
         value = getattr(configuration, name, None)
         if value not in (None, 1):
             raise ValueError(
-                f"{name}={value}: {configuration.model_type} changes its logits after the output layer, which the tiled "
-                f"loss does not; use a Llama, Mistral or Qwen model"
+                f"{name}={value}: {configuration.model_type} changes its logits after the output layer, which the "
+                f"tiled loss does not; use a Llama, Mistral or Qwen model"
             )
 
 

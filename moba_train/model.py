@@ -39,7 +39,9 @@ def model_configuration(model: ModelConfig) -> PretrainedConfig:
     looks_local = model.path.startswith((".", "/", "~")) or model.path.count("/") != 1
     folder = Path(model.path).expanduser()
     if looks_local and not folder.is_dir():
-        raise ValueError(f"model.path={model.path} is not a folder: give a Hugging Face model folder, or fetch it first")
+        raise ValueError(
+            f"model.path={model.path} is not a folder: give a Hugging Face model folder, or fetch it first"
+        )
     if folder.is_dir() and model.gguf_file is None and not (folder / "config.json").is_file():
         raise ValueError(f"model.path={model.path} holds no config.json: give a Hugging Face model folder")
     return AutoConfig.from_pretrained(_location(model), trust_remote_code=False, **_gguf(model))
@@ -77,5 +79,7 @@ def tokenizer_path(model: ModelConfig) -> str:
     if model.tokenizer is not None:
         return model.tokenizer
     if model.path is None:
-        raise ValueError("model.tokenizer is not set and model.path is None: name a tokenizer.json, a folder or a hub name")
+        raise ValueError(
+            "model.tokenizer is not set and model.path is None: name a tokenizer.json, a folder or a hub name"
+        )
     return _location(model)

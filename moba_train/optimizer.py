@@ -15,7 +15,8 @@ from moba_train.config import OptimizerConfig
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Matrices decay; norms, biases and embeddings (tied output layers with them) do not."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue

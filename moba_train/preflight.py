@@ -86,9 +86,13 @@ def open_folder(config: Config, folder: Path) -> None:
     """
     stands = (folder / resolved.FILE).is_file()
     if stands and config.run.resume is Resume.never:
-        raise ValueError(f"{folder} holds a run already: set run.resume=auto to go on with it, or choose another run.name")
+        raise ValueError(
+            f"{folder} holds a run already: set run.resume=auto to go on with it, or choose another run.name"
+        )
     if config.run.resume is Resume.must and not checkpoint.list_checkpoints(folder / "checkpoints"):
-        raise ValueError(f"run.resume=must and {folder} holds no checkpoint: check run.dir and run.name, or set run.resume=auto")
+        raise ValueError(
+            f"run.resume=must and {folder} holds no checkpoint: check run.dir and run.name, or set run.resume=auto"
+        )
     if stands and (changed := resolved.differences(resolved.load(folder / resolved.FILE), config)):
         raise ValueError(
             f"{folder} was started with other settings ({'; '.join(changed[:3])}): resume with the same, or choose "

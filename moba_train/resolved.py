@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +9,20 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moba_train.config import Config, StageConfig
+from moba_train.redact import redact
 
 FILE = "resolved.yaml"
 
-_SECRET = re.compile(r"api_?key|token$|secret|password|credential", re.IGNORECASE)
-
 # What may change between the start of a run and its continuation: nothing here alters a step.
-RESUMABLE = ("run.resume", "run.label", "wandb.", "launch.", "checkpoint.", "train.log_every", "position_loss.log_every")
+RESUMABLE = (
+    "run.resume",
+    "run.label",
+    "wandb.",
+    "launch.",
+    "checkpoint.",
+    "train.log_every",
+    "position_loss.log_every",
+)
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -46,8 +51,8 @@ def _stage(index: int, stage: Any) -> DictConfig | ListConfig:
 
 
 def to_yaml(config: Config) -> str:
-    """YAML of the whole configuration. Values that look secret by name, or equal a secret of the environment, are cut."""
-    return OmegaConf.to_yaml(OmegaConf.create(_redact(OmegaConf.to_container(OmegaConf.structured(config)))))
+    """YAML of the whole configuration, without secrets."""
+    return OmegaConf.to_yaml(OmegaConf.create(redact(OmegaConf.to_container(OmegaConf.structured(config)))))
 
 
 def load(path: Path) -> Config:
@@ -62,9 +67,7 @@ def load(path: Path) -> Config:
 
 def differences(before: Config, after: Config) -> list[str]:
     """Settings that differ and would make the continued run another run, as ``key: before -> after``."""
-    old, new = _flatten(OmegaConf.to_container(OmegaConf.structured(before))), _flatten(
-        OmegaConf.to_container(OmegaConf.structured(after))
-    )
+    old, new = (_flatten(OmegaConf.to_container(OmegaConf.structured(config))) for config in (before, after))
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
@@ -83,17 +86,3 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     for key, inner in pairs:
         flat.update(_flatten(inner, f"{prefix}.{key}" if prefix else str(key)))
     return flat
-
-
-def _redact(value: Any, key: str = "") -> Any:
-    if isinstance(value, dict):
-        return {name: _redact(inner, str(name)) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_redact(inner, key) for inner in value]
-    if isinstance(value, str) and value and (_SECRET.search(key) or value in _environment_secrets()):
-        return "<redacted>"
-    return value
-
-
-def _environment_secrets() -> set[str]:
-    return {value for name, value in os.environ.items() if _SECRET.search(name) and len(value) >= 8}

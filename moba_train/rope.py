@@ -59,7 +59,9 @@ def set_rope(model: PreTrainedModel, parameters: dict[str, Any], context_length:
     backbone = model.base_model
     old = getattr(backbone, "rotary_emb", None)
     if not isinstance(old, nn.Module) or not hasattr(old, "inv_freq"):
-        raise ValueError(f"{type(model).__name__} keeps no rotary_emb module on its backbone: its RoPE cannot be changed")
+        raise ValueError(
+            f"{type(model).__name__} keeps no rotary_emb module on its backbone: its RoPE cannot be changed"
+        )
     config = model.config
     config.rope_parameters = dict(parameters)
     # Dynamic NTK scales by the length beyond max_position_embeddings, so there the original length stays.
@@ -67,5 +69,5 @@ def set_rope(model: PreTrainedModel, parameters: dict[str, Any], context_length:
         config.max_position_embeddings = max(config.max_position_embeddings, context_length)
     config.standardize_rope_params()
     config.validate_rope()
-    device = old.inv_freq.device
-    backbone.rotary_emb = type(old)(config=config).to(device=device)
+    new = type(old)(config=config)
+    backbone.rotary_emb = new.to(next(old.buffers()).device)

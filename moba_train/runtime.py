@@ -11,6 +11,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from transformers.utils.logging import disable_progress_bar
 
 from moba_train.config import Device, LaunchConfig
 
@@ -52,7 +53,9 @@ def start(launch: LaunchConfig) -> Runtime:
         # An in-process store: a single process needs no port and no second process.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
     else:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(
+            backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if device.type == "cuda" else None
+        )
     configure_logging(rank)
     return Runtime(rank, world_size, local_rank, device)
 
@@ -79,6 +82,7 @@ def configure_logging(rank: int) -> None:
     """Rank 0 speaks; the others only warn. DeepSpeed's and transformers' own chatter is for debugging."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    disable_progress_bar()
     for name in ("DeepSpeed", "transformers", "datasets", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -11,25 +11,20 @@ import logging
 import math
 import os
 import queue
-import re
 import secrets
 import threading
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from moba_train.config import WandbConfig, WandbMode
 from moba_train.metrics_file import read_rows
+from moba_train.redact import redact
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-REDACTED = "<redacted>"
 INIT_SECONDS = 10  # W&B's own default is 90
 FINISH_SECONDS = 30  # for the last uploads; the default waits for ever
-# Whole words, because "tokens", "tokenizer" and "monkey" are no secrets.
-_SECRET_NAME = re.compile(r"(^|[_.\-])(token|key|apikey|credentials?)($|[_.\-])|secret|passw(or)?d", re.IGNORECASE)
-_SHORTEST_SECRET = 8  # shorter environment values ("1", "true") would blank unrelated text
 
 
 class Tracker:
@@ -167,31 +162,6 @@ class _WandbThread:
             config=self._resolved,
             settings=settings,
         )
-
-
-def redact(config: Any) -> Any:
-    """A copy without secrets, of plain values: strings under a name such as ``api_key``, ``token`` or ``password`` are
-    hidden, and the values of environment variables so named wherever they occur; an Enum becomes its name."""
-    values = [
-        value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET
-    ]
-    return _redact(config, sorted(values, key=len, reverse=True))
-
-
-def _redact(value: Any, secret_values: list[str], name: str = "") -> Any:
-    if isinstance(value, dict):
-        return {key: _redact(inner, secret_values, str(key)) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_redact(inner, secret_values, name) for inner in value]
-    if isinstance(value, Enum):
-        return value.name
-    if not isinstance(value, str):
-        return value
-    if value and _SECRET_NAME.search(name):
-        return REDACTED
-    for secret in secret_values:
-        value = value.replace(secret, REDACTED)
-    return value
 
 
 def format_progress(row: dict[str, Any], total_tokens: int, eta: float | None) -> str:

@@ -98,7 +98,7 @@ def build(config: Config, folder: Path, runtime: Runtime) -> Run:
         step=step,
     )
     if newest:  # last of all: nothing may draw a random number between this and the next step
-        checkpoint.load(newest, engine, runtime)
+        _check_store(checkpoint.load(newest, engine, runtime), run.store)
     return run
 
 
@@ -158,6 +158,7 @@ def enter(run: Run, stage: Stage) -> None:
         f"stage {stage.name}: steps {stage.first_step}-{stage.end_step}, context {stage.context_length}, "
         f"{stage.describe()}, {_packing(run.loader)}",
     )
+    run.throughput.restart()
 
 
 def rope_at(run: Run, stage: Stage) -> dict[str, Any]:
@@ -214,7 +215,9 @@ def step_totals(run: Run, batches: list[Batch]) -> tuple[int, StepCost]:
     dist.all_reduce(totals)
     valid, model_flops, hardware_flops = totals.tolist()
     if not valid:
-        raise ValueError("a step drew no token that is a target: the documents are too short, raise data.min_document_tokens")
+        raise ValueError(
+            "a step drew no token that is a target: the documents are too short, raise data.min_document_tokens"
+        )
     return int(valid), StepCost(model_flops, hardware_flops)
 
 
@@ -259,7 +262,8 @@ def save(run: Run) -> None:
         "tokens": run.tokens,
         "stage": run.stage.name,
         "rope_parameters": run.model.config.rope_parameters,
-        "loader": run.loader.state_dict(),
+        "rows": run.loader.state_dict()["rows"],
+        "store": run.store.manifest["sha256"],
         "saved_at": time.time(),
     }
     with run.throughput.pause():
@@ -269,6 +273,14 @@ def save(run: Run) -> None:
 def say(run: Run, text: str) -> None:
     if run.runtime.is_main:
         log.info("%s", text)
+
+
+def _check_store(state: dict[str, Any], store: TokenStore) -> None:
+    if state["store"] != store.manifest["sha256"]:
+        raise ValueError(
+            f"the token store {store.path} is not the one this run was started on (its tokens differ): restore the "
+            f"documents, or choose another run.name"
+        )
 
 
 def _packing(loader: RowLoader) -> str:

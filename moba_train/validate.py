@@ -27,7 +27,9 @@ def validate(config: Config) -> None:
 def _names(config: Config) -> None:
     name = config.run.name
     if name is not None and not _NAME.fullmatch(name):
-        raise ValueError(f"run.name={name!r}: use letters, digits and . _ - = , + only, and start with a letter or digit")
+        raise ValueError(
+            f"run.name={name!r}: use letters, digits and . _ - = , + only, and start with a letter or digit"
+        )
 
 
 def _ranges(config: Config) -> None:
@@ -48,7 +50,7 @@ def _ranges(config: Config) -> None:
         "checkpoint.keep": (config.checkpoint.keep, 1),
         "launch.processes": (config.launch.processes, 1),
         "launch.threads": (config.launch.threads, 0),
-        "data.workers": (config.data.workers, 0),
+        "data.threads": (config.data.threads, 0),
         "data.min_document_tokens": (config.data.min_document_tokens, 1),
         "optimizer.weight_decay": (config.optimizer.weight_decay, 0),
     }
@@ -77,7 +79,9 @@ def _ranges(config: Config) -> None:
     if config.train.zero_stage not in (0, 1, 2, 3):
         raise ValueError(f"train.zero_stage={config.train.zero_stage}: choose 0, 1, 2 or 3")
     if config.train.precision is Precision.bf16 and config.train.zero_stage == 0:
-        raise ValueError("train.precision=bf16 with train.zero_stage=0 keeps no sharded fp32 state: set train.zero_stage=1")
+        raise ValueError(
+            "train.precision=bf16 with train.zero_stage=0 keeps no sharded fp32 state: set train.zero_stage=1"
+        )
 
 
 def _data(config: Config) -> None:

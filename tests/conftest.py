@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY_LLAMA
 
 from moba_train.config import (
     AttentionKind,
@@ -18,6 +17,7 @@ from moba_train.config import (
     StageConfig,
     WandbMode,
 )
+from tiny import TINY_LLAMA
 
 
 @pytest.fixture(autouse=True)
@@ -72,9 +72,7 @@ def _tiny_config(corpus: Path, folder: Path) -> Config:
     config.data.store_dir = str(corpus / "store")
     config.schedule.stages = [
         StageConfig("moba", tokens=2048, context_length=128),
-        StageConfig(
-            "full", tokens=1024, context_length=256, attention=StageAttentionConfig(kind=AttentionKind.full)
-        ),
+        StageConfig("full", tokens=1024, context_length=256, attention=StageAttentionConfig(kind=AttentionKind.full)),
     ]
     config.train.tokens_per_step = 512
     config.train.loss_tile_tokens = 100

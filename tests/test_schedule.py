@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from moba_train.config import AttentionKind, Config, DecayShape, StageConfig, StageLearningRateConfig
@@ -49,7 +51,7 @@ def test_learning_rate_warms_up_holds_and_decays(tiny_config: Config, shape: Dec
     assert values[9:60] == pytest.approx([2.0] * 51)
     assert values[99] == pytest.approx(0.5)
     assert values[79] == pytest.approx(1.25)  # half of the decay: both shapes pass its middle
-    assert all(a > b for a, b in zip(values[60:], values[61:], strict=False))
+    assert all(a > b for a, b in pairwise(values[60:]))
 
 
 def test_a_stage_may_have_its_own_learning_rate(tiny_config: Config) -> None:

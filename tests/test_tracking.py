@@ -12,7 +12,8 @@ import pytest
 
 from moba_train import tracking
 from moba_train.config import WandbConfig, WandbMode
-from moba_train.tracking import REDACTED, Tracker, format_duration, format_progress, redact
+from moba_train.redact import REDACTED, redact
+from moba_train.tracking import Tracker, format_duration, format_progress
 
 DISABLED = WandbConfig(mode=WandbMode.disabled)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import checkpoint_tensors, run_worker
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moba_train.config import Config
 from moba_train.metrics_file import read_rows
+from tiny import checkpoint_tensors, run_worker
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +75,9 @@ def test_the_export_loads_without_this_package(finished: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(finished / "model")
     tokenizer = AutoTokenizer.from_pretrained(finished / "model")
     assert model.config.max_position_embeddings == 256
-    state = torch.load(
-        finished / "checkpoints/step_00000006/engine/mp_rank_00_model_states.pt", weights_only=False
-    )["module"]
+    state = torch.load(finished / "checkpoints/step_00000006/engine/mp_rank_00_model_states.pt", weights_only=False)[
+        "module"
+    ]
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[f"model.{name}"])
     ids = tokenizer("the white whale", return_tensors="pt").input_ids

@@ -1,4 +1,4 @@
-"""Arguments of the verbs that take a few settings and no recipe: the same key=value form, checked by the same library."""
+"""Arguments of the verbs that take a few settings and no recipe: the same key=value form, checked by OmegaConf."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def parse(schema: type[T], arguments: list[str], usage: str) -> T:
     """``key=value`` arguments as a ``schema`` dataclass.
 
     Raises:
-        ValueError: an argument that is no key=value, an unknown key, a wrong type, or one that must be given and is not.
+        ValueError: an argument that is no key=value, an unknown key, a wrong type, or a missing key that must be given.
     """
     for argument in arguments:
         if "=" not in argument:

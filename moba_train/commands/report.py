@@ -1,7 +1,7 @@
 """Write the report of a run or of a sweep: moba-train report run=DIRECTORY [out=DIRECTORY]
 
-  run   a run directory, or a multirun directory with one run directory a point
-  out   where the page and its pictures go; DIRECTORY/report where it is not given
+run   a run directory, or a multirun directory with one run directory a point
+out   where the page and its pictures go; DIRECTORY/report where it is not given
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Train, or sweep with --multirun: moba-train train [--multirun] [key=value ...]
 
-  moba-train train                                            the default recipe
-  moba-train train experiment=hybrid_90_10 attention.top_k=4  a recipe, with a setting changed
-  moba-train train --multirun attention.block_size=64,128     one run a value
-  moba-train train --cfg job                                  print every setting, run nothing
+moba-train train                                            the default recipe
+moba-train train experiment=hybrid_90_10 attention.top_k=4  a recipe, with a setting changed
+moba-train train --multirun attention.block_size=64,128     one run a value
+moba-train train --cfg job                                  print every setting, run nothing
 """
 
 from __future__ import annotations
@@ -71,8 +71,11 @@ def run_one(config: Config) -> tuple[Path, int]:
     console.print(f"run directory: {folder}")
     code = launch.run(config.launch, folder / resolved.FILE)
     if code:
-        print(f"error: the run in {folder} ended with exit code {code}; its checkpoints stand, run.resume=auto goes on "
-              f"from the newest", file=sys.stderr)
+        print(
+            f"error: the run in {folder} ended with exit code {code}; its checkpoints stand, run.resume=auto goes on "
+            f"from the newest",
+            file=sys.stderr,
+        )
         return folder, code
     print_summary(folder, console)
     console.print(f"report: {report.build(folder)}")

@@ -71,8 +71,8 @@ def prepare_store(data: DataConfig, tokenizer_path: str, progress: bool = True) 
 
     Raises ValueError for a source that is missing, empty, without its text field or too often bad.
     """
-    if data.workers:
-        os.environ["RAYON_NUM_THREADS"] = str(data.workers)  # read once, when tokenizers first encodes a batch
+    if data.threads:
+        os.environ["RAYON_NUM_THREADS"] = str(data.threads)  # read once, when tokenizers first encodes a batch
     tokenizer = load_tokenizer(tokenizer_path)
     splits, about = plan(data, tokenizer)
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

@@ -8,7 +8,8 @@ from moba_train.report import figures
 from moba_train.report.page import ABSENT, Picture, Section, Table, Tile, html, loss_text, rate_text, share_text
 from moba_train.report.runs import Point, Run
 from moba_train.report.theme import render
-from moba_train.tracking import format_amount, format_duration, redact
+from moba_train.redact import redact
+from moba_train.tracking import format_amount, format_duration
 
 
 def single_page(run: Run) -> tuple[str, list[Picture]]:

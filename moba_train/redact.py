@@ -1,0 +1,38 @@
+"""Cut secrets out of a configuration before it is saved, logged or uploaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from enum import Enum
+from typing import Any
+
+REDACTED = "<redacted>"
+# Whole words, because "tokens", "tokenizer" and "monkey" are no secrets.
+_SECRET_NAME = re.compile(r"(^|[_.\-])(token|key|apikey|credentials?)($|[_.\-])|secret|passw(or)?d", re.IGNORECASE)
+_SHORTEST_SECRET = 8  # shorter environment values ("1", "true") would blank unrelated text
+
+
+def redact(config: Any) -> Any:
+    """A copy without secrets, of plain values: strings under a name such as ``api_key``, ``token`` or ``password`` are
+    hidden, and the values of environment variables so named wherever they occur; an Enum becomes its name."""
+    values = [
+        value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET
+    ]
+    return _redact(config, sorted(values, key=len, reverse=True))
+
+
+def _redact(value: Any, secret_values: list[str], name: str = "") -> Any:
+    if isinstance(value, dict):
+        return {key: _redact(inner, secret_values, str(key)) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_redact(inner, secret_values, name) for inner in value]
+    if isinstance(value, Enum):
+        return value.name
+    if not isinstance(value, str):
+        return value
+    if value and _SECRET_NAME.search(name):
+        return REDACTED
+    for secret in secret_values:
+        value = value.replace(secret, REDACTED)
+    return value
