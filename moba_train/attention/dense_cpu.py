@@ -28,12 +28,17 @@ def tile_rows(block_size: int) -> int:
     return min(max(2 * block_size, 16), 128)
 
 
+def _silence(lse: Tensor, padding: Tensor) -> Tensor:
+    """Make padding add nothing to gradients: an infinite log-sum-exp, in place, makes its probabilities exactly 0."""
+    return lse.masked_fill_(padding, torch.inf)
+
+
 @dataclass(frozen=True)
 class _Group:
     """Spans computed in one call: ``count`` of them, ``width`` tokens each, shorter ones padded at their end.
 
-    A causal query never reads the padding behind it, and a padded query's gradient is 0, so padding may repeat any
-    token of the span.
+    Padding repeats the span's first token. A causal query never reads what is behind it; what a padded query adds to
+    gradients is made 0 by ``_silence``.
     """
 
     count: int
@@ -118,11 +123,10 @@ def causal_backward(
     """Gradients of this pass's share, given the output and log-sum-exp of all passes merged."""
     gradients = tuple(torch.empty_like(x) for x in (query, key, value))
     for group in _groups(bounds.tolist()):
-        grads = group.take(grad_out)
+        inputs = [group.take(x) for x in (grad_out, query, key, value, out, lse)]
         if group.real is not None:
-            grads = grads.masked_fill(~group.real[:, None, :, None], 0)
-        inputs = [group.take(x) for x in (query, key, value, out, lse)]
-        spans = _backward(grads, *inputs, 0.0, True, scale=scale)
+            _silence(inputs[-1], ~group.real[:, None])
+        spans = _backward(*inputs, 0.0, True, scale=scale)
         for gradient, part in zip(gradients, spans, strict=True):
             group.put(gradient, part)
     return gradients
@@ -188,8 +192,7 @@ class RoutedKeys:
         grad_key, grad_value = self.gradients
         grad_query = query.new_empty(len(routes.rows) + 1, query.shape[1])
         grad_query[-1] = 0
-        # An infinite log-sum-exp makes every probability of a padding row 0, and with it all that it would add.
-        listed_lse = lse[routes.rows].masked_fill_(routes.padding, torch.inf)
+        listed_lse = _silence(lse[routes.rows], routes.padding)
         for places, source in self._chunks(routes):
             rows = routes.rows[places]
             tiled = (len(source), 1, -1, query.shape[1])

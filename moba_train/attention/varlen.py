@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 from moba_train.attention import dense_cpu, dense_cuda
@@ -74,6 +75,7 @@ class _Full(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse, cu_seqlens = ctx.saved_tensors
         dense, inputs = _dense(grad_out, query, key, value, out)
@@ -109,6 +111,7 @@ class _Moba(torch.autograd.Function):
         return merged
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, choices, bounds, merged, merged_lse = ctx.saved_tensors
         dense, (grad, q, k, v, out) = _dense(grad_out, query, key, value, merged)

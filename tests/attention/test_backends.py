@@ -7,9 +7,9 @@ import random
 
 import pytest
 import torch
-from attention.cases import CASES, DEVICES, TOLERANCE, Case, assert_close, attend
 from torch.nn.functional import scaled_dot_product_attention
 
+from attention.cases import CASES, DEVICES, TOLERANCE, Case, assert_close, attend
 from moba_train.attention import AttentionSpec, full_attention, moba_attention
 from moba_train.attention.backends import BACKENDS, Backend, resolve
 from moba_train.attention.reference import reference

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention.cases import DEVICES
 
+from attention.cases import DEVICES
 from moba_train.attention.blocks import cut
 
 

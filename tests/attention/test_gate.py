@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention.cases import CASES, DEVICES, Case
 
+from attention.cases import CASES, DEVICES, Case
 from moba_train.attention import AttentionSpec, gate
 from moba_train.attention.blocks import cut
 from moba_train.attention.gate import choose

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention.cases import Case, assert_close, attend
 from torch import Tensor
 
+from attention.cases import Case, assert_close, attend
 from moba_train.attention import AttentionSpec
 from moba_train.attention.reference import reference
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention.cases import CASES, DEVICES, TOLERANCE, Case, assert_close, attend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from attention.cases import CASES, DEVICES, TOLERANCE, Case, assert_close, attend
 from moba_train.attention import AttentionSpec, varlen
 from moba_train.attention.dense_cpu import _groups
 from moba_train.attention.reference import reference
@@ -38,6 +38,15 @@ def test_fp64_is_exact(case, kind):
     spec = case.spec if kind == "moba" else FULL
     tensors = tuple(x.double() for x in case.tensors())
     assert_close(attend(varlen.varlen, case, spec, tensors), attend(reference, case, spec, tensors), 1e-13)
+
+
+@pytest.mark.parametrize("kind", ["moba", "full"])
+def test_large_logits_stay_finite(kind):
+    """Logits of thousands: a padded row's probabilities would overflow, and infinity times its zero gradient is NaN."""
+    case = Case("large", (33, 49, 17, 65, 101, 27))
+    query, key, value, grad_out = (x.double() for x in case.tensors())
+    spec, tensors = case.spec if kind == "moba" else FULL, (query * 100, key * 100, value, grad_out)
+    assert_close(attend(varlen.varlen, case, spec, tensors), attend(reference, case, spec, tensors), 1e-9)
 
 
 def test_memory_grows_with_tokens_not_their_square():
