@@ -4,7 +4,9 @@ row_dot        delta = sum(out * d_out) of each row. Reads both once.
 routed_query   like ``forward``, a program owns BLOCK_M entries of one list and sums their dQ over the block's keys: one
                partial dQ for each entry. 3 products; per entry 2 D elements gathered, D written.
 merge_query    like ``merge``, a program owns BLOCK_M consecutive rows: dQ from the own block plus the R partial ones.
-list_rows      log-sum-exp and delta of each entry, in the order of the lists: 8 bytes gathered and written an entry.
+pad_lists      the lists in whole tiles, each entry with its row, log-sum-exp and delta: 16 bytes written an entry.
+               Padding repeats the list's last row with an infinite log-sum-exp, so its weights are 0: the loop over a
+               list needs no mask, its loads are wide, and it has half the instructions.
 key_value      a program owns BLOCK_N keys of one block and kv head. It runs over the block's whole list, in ascending
                order, then over the rows of the own block, and writes dK and dV once. 4 products; per entry and key tile
                2 D elements gathered (from L2 when the block's tiles run side by side). Where one tile holds the block's
@@ -85,11 +87,11 @@ def routed_query_kernel(
     n_token = tl.load(p_bounds + i_list % N)
     o_row = o_entry // R
     # (BLOCK_M,) and (BLOCK_M, BLOCK_D), two each
-    b_lse = tl.load(p_lse + i_kv.to(tl.int64) * W + o_row, mask=m_row, other=float("inf"))
-    b_delta = tl.load(p_delta + i_kv.to(tl.int64) * W + o_row, mask=m_row, other=0.0)
+    b_lse = tl.load(p_lse + i_kv.to(tl.int64) * W + o_row)
+    b_delta = tl.load(p_delta + i_kv.to(tl.int64) * W + o_row)
     o_query = row_offsets(o_row, i_kv, K, G, D)
-    b_query = load_rows(p_query, o_query, m_row, D, BLOCK_D)
-    b_d_out = load_rows(p_d_out, o_query, m_row, D, BLOCK_D)
+    b_query = load_rows(p_query, o_query, m_row, D, BLOCK_D, False)
+    b_d_out = load_rows(p_d_out, o_query, m_row, D, BLOCK_D, False)
     b_d_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for n_key in range(0, B, BLOCK_N):
         o_key = n_token + n_key + tl.arange(0, BLOCK_N)
@@ -186,46 +188,57 @@ def merge_query_kernel(
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def list_rows_kernel(
+def pad_lists_kernel(
+    p_lists,
+    p_of_list,
     p_offsets,
     p_entries,
     p_lse,
     p_delta,
-    p_listed_lse,
-    p_listed_delta,
+    p_padded,
+    p_padded_row,
+    p_padded_lse,
+    p_padded_delta,
     i_kv_start,
     W,
+    LISTS,
     N,
     P,
+    K,
+    G: tl.constexpr,
     R: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
-    i_part_kv = tl.program_id(1).to(tl.int64)
-    n_stop = tl.load(p_offsets + (i_part_kv + 1) * N * P)
-    # (BLOCK_E,)
-    o_list = tl.load(p_offsets + i_part_kv * N * P) + tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    m_list = o_list < n_stop
-    o_row = tl.load(p_entries + o_list, mask=m_list, other=0) // R + (i_part_kv + i_kv_start) * W
-    tl.store(p_listed_lse + o_list, tl.load(p_lse + o_row, mask=m_list), mask=m_list)
-    tl.store(p_listed_delta + o_list, tl.load(p_delta + o_row, mask=m_list), mask=m_list)
+    i_list, o_entry, m_row = find_tile(p_lists, p_of_list, p_offsets, p_entries, LISTS, P, 0, P, BLOCK_M)
+    if i_list == LISTS:
+        return
+    # (BLOCK_M,)
+    i_kv = i_kv_start + i_list // N
+    o_row = i_kv.to(tl.int64) * W + o_entry // R
+    b_lse = tl.load(p_lse + o_row, mask=m_row, other=float("inf"))
+    b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0)
+    o_padded = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(p_padded + o_padded, tl.where(m_row, o_entry, -1))
+    tl.store(p_padded_row + o_padded, row_offsets(o_entry // R, i_kv, K, G, 1).to(tl.int32))
+    tl.store(p_padded_lse + o_padded, b_lse)
+    tl.store(p_padded_delta + o_padded, b_delta)
 
 
 @triton.jit
 def _key_value_step(
-    p_query, p_d_out, p_lse, p_delta, o_query, o_token, m_row, b_key, b_value, b_d_key, b_d_value, o_key, scale,
+    p_query, p_d_out, b_lse, b_delta, o_query, o_token, m_row, b_key, b_value, b_d_key, b_d_value, o_key, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Add one tile of rows to dK (unscaled) and dV; also returns the gradient of its scores, (keys, rows)."""
-    # (BLOCK_M, BLOCK_D) and (BLOCK_M,), two each
-    b_query = load_rows(p_query, o_query, m_row, D, BLOCK_D)
-    b_lse = tl.load(p_lse, mask=m_row, other=float("inf"))
+    """Add one tile of rows to dK (unscaled) and dV; also returns the gradient of its scores, (keys, rows). A row with
+    an infinite log-sum-exp does not count. CAUSAL: rows where m_row holds, and keys up to their tokens."""
+    # (BLOCK_M, BLOCK_D) each
+    b_query = load_rows(p_query, o_query, m_row, D, BLOCK_D, CAUSAL)
     b_weight = tl.exp2(tl.dot(b_key, tl.trans(b_query)) * scale - b_lse[None, :])
     if CAUSAL:
         b_weight = tl.where(o_key[:, None] <= o_token[None, :], b_weight, 0.0)
-    b_d_out = load_rows(p_d_out, o_query, m_row, D, BLOCK_D)
+    b_d_out = load_rows(p_d_out, o_query, m_row, D, BLOCK_D, CAUSAL)
     b_d_value = tl.dot(b_weight.to(b_d_out.dtype), b_d_out, b_d_value)
     b_d_weight = tl.dot(b_value, tl.trans(b_d_out))
-    b_delta = tl.load(p_delta, mask=m_row, other=0.0)
     b_d_scores = (b_weight * (b_d_weight - b_delta[None, :])).to(b_query.dtype)
     b_d_key = tl.dot(b_d_scores, b_query, b_d_key)
     return b_d_key, b_d_value, b_d_scores
@@ -240,10 +253,11 @@ def key_value_kernel(
     p_lse,
     p_delta,
     p_bounds,
-    p_offsets,
-    p_entries,
-    p_listed_lse,
-    p_listed_delta,
+    p_of_list,
+    p_padded,
+    p_padded_row,
+    p_padded_lse,
+    p_padded_delta,
     p_partial,
     p_d_key,
     p_d_value,
@@ -252,7 +266,6 @@ def key_value_kernel(
     n_kv,
     W,
     N,
-    P,
     K,
     LOG2_E: tl.constexpr,
     QUERY: tl.constexpr,
@@ -281,32 +294,35 @@ def key_value_kernel(
     b_d_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_d_value = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if R > 0:
-        i_list = i_part_kv.to(tl.int64) * N + i_block
-        n_start = tl.load(p_offsets + i_list * P)
-        n_stop = tl.load(p_offsets + (i_list + 1) * P)
-        o_list = n_start + tl.arange(0, BLOCK_M)
-        o_entry = tl.load(p_entries + o_list, mask=o_list < n_stop, other=0)
-        for n_entry in range(n_start, n_stop, BLOCK_M):
-            o_list = n_entry + tl.arange(0, BLOCK_M)
-            m_row = o_list < n_stop
-            # Entries are read a tile ahead, so that the gathers can be pipelined: their addresses are there in time.
-            o_ahead = tl.load(p_entries + o_list + BLOCK_M, mask=o_list + BLOCK_M < n_stop, other=0)
-            o_query = row_offsets(o_entry // R, i_kv, K, G, D)
+        p_of_list += i_part_kv * N + i_block
+        i_start = tl.load(p_of_list)
+        i_stop = tl.load(p_of_list + 1)
+        o_query = tl.load(p_padded_row + i_start * BLOCK_M + tl.arange(0, BLOCK_M))
+        for i_list_tile in range(i_start, i_stop):
+            o_list = i_list_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+            # Rows are read a tile ahead, so that the gathers can be pipelined: their addresses are there in time.
+            o_ahead = tl.load(p_padded_row + o_list + BLOCK_M)
+            b_lse = tl.load(p_padded_lse + o_list)
+            b_delta = tl.load(p_padded_delta + o_list)
             b_d_key, b_d_value, b_d_scores = _key_value_step(
-                p_query, p_d_out, p_listed_lse + o_list, p_listed_delta + o_list, o_query, o_entry, m_row, b_key,
-                b_value, b_d_key, b_d_value, o_key, scale, D, BLOCK_D, False,
+                p_query, p_d_out, b_lse, b_delta, o_query.to(tl.int64) * D, o_query, True, b_key, b_value, b_d_key,
+                b_d_value, o_key, scale, D, BLOCK_D, False,
             )  # fmt: skip
             if QUERY:
                 b_d_query = tl.dot(tl.trans(b_d_scores), b_key) * (scale / LOG2_E)
+                o_entry = tl.load(p_padded + o_list)
                 o_partial = i_part_kv.to(tl.int64) * W * R + o_entry
-                store_rows(p_partial, o_partial * D, b_d_query, m_row, D, BLOCK_D)
-            o_entry = o_ahead
+                store_rows(p_partial, o_partial * D, b_d_query, o_entry >= 0, D, BLOCK_D)
+            o_query = o_ahead
     o_lse = i_kv.to(tl.int64) * W
     for n_row in range(n_key * G, n_key_stop * G, BLOCK_M):
         o_row = n_row + tl.arange(0, BLOCK_M)
+        m_row = o_row < n_key_stop * G
+        b_lse = tl.load(p_lse + o_lse + o_row, mask=m_row, other=float("inf"))
+        b_delta = tl.load(p_delta + o_lse + o_row, mask=m_row, other=0.0)
         b_d_key, b_d_value, b_d_scores = _key_value_step(
-            p_query, p_d_out, p_lse + o_lse + o_row, p_delta + o_lse + o_row, row_offsets(o_row, i_kv, K, G, D),
-            o_row // G, o_row < n_key_stop * G, b_key, b_value, b_d_key, b_d_value, o_key, scale, D, BLOCK_D, True,
+            p_query, p_d_out, b_lse, b_delta, row_offsets(o_row, i_kv, K, G, D), o_row // G, m_row, b_key, b_value,
+            b_d_key, b_d_value, o_key, scale, D, BLOCK_D, True,
         )  # fmt: skip
     o_store = (o_key.to(tl.int64) * K + i_kv) * D
     store_rows(p_d_key, o_store, b_d_key * (scale / LOG2_E), o_key < n_key_stop, D, BLOCK_D)

@@ -17,7 +17,8 @@ from moba_train.attention.kernels.rows import NUMBERS, load_keys, load_rows, row
 
 @triton.jit
 def find_tile(p_lists, p_of_list, p_offsets, p_entries, LISTS, P, i_part, n_parts, BLOCK_M: tl.constexpr):
-    """This program's list, its entries (BLOCK_M,) and which of them are real. List LISTS: nothing to do."""
+    """This program's list, its entries (BLOCK_M,) and which of them are real: past the end the last one repeats.
+    List LISTS: nothing to do."""
     i_list = tl.load(p_lists + tl.program_id(0))
     o_entry = tl.zeros([BLOCK_M], tl.int32)
     m_row = o_entry > 0
@@ -26,7 +27,7 @@ def find_tile(p_lists, p_of_list, p_offsets, p_entries, LISTS, P, i_part, n_part
         n_start = tl.load(p_offsets + i_list.to(tl.int64) * P + i_part) + i_tile * BLOCK_M
         n_stop = tl.load(p_offsets + i_list.to(tl.int64) * P + i_part + n_parts)
         m_row = tl.arange(0, BLOCK_M) < n_stop - n_start
-        o_entry = tl.load(p_entries + n_start + tl.arange(0, BLOCK_M), mask=m_row, other=0)
+        o_entry = tl.load(p_entries + tl.minimum(n_start + tl.arange(0, BLOCK_M), n_stop - 1))
     return i_list, o_entry, m_row
 
 
@@ -66,7 +67,7 @@ def routed_forward_kernel(
     i_kv = i_kv_start + i_list // N
     n_token = tl.load(p_bounds + i_list % N)
     # (BLOCK_M, BLOCK_D)
-    b_query = load_rows(p_query, row_offsets(o_entry // R, i_kv, K, G, D), m_row, D, BLOCK_D)
+    b_query = load_rows(p_query, row_offsets(o_entry // R, i_kv, K, G, D), m_row, D, BLOCK_D, False)
     b_max = tl.full([BLOCK_M], -1.0e30, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -134,7 +135,7 @@ def resident_forward_kernel(
         # Entries are read a tile ahead, so that the gathers can be pipelined: their addresses are there in time.
         o_ahead = tl.load(p_entries + o_list + BLOCK_M, mask=o_list + BLOCK_M < n_stop, other=0)
         # (BLOCK_M, BLOCK_D)
-        b_query = load_rows(p_query, row_offsets(o_entry // R, i_kv, K, G, D), m_row, D, BLOCK_D)
+        b_query = load_rows(p_query, row_offsets(o_entry // R, i_kv, K, G, D), m_row, D, BLOCK_D, False)
         b_scores = tl.dot(b_query, tl.trans(b_key))
         if B != BLOCK_N:
             b_scores = tl.where((o_key < n_token + B)[None, :], b_scores, -float("inf"))

@@ -18,7 +18,6 @@ from moba_train.attention.kernels.rows import LOG2_E
 
 FOLD_STAGES = 3  # partial results of a row tile on their way at a time
 ROW_DOT_ROWS = 64
-LIST_ENTRIES = 1024
 
 
 def attend(
@@ -112,20 +111,29 @@ def attend_backward(
 
     def key_value(lists: Lists | None, partial: Tensor | None, kv_start: int, kv_heads: int) -> None:
         """dK and dV of some kv heads; also the partial dQ of their entries, where ``partial`` is given."""
-        if lists is None:
-            pointers, parts = (blocks.bounds, blocks.bounds, lse, delta), 1  # R = 0: the last three are not read
-        else:
-            listed = [torch.empty(len(lists.entries), dtype=torch.float32, device=query.device) for _ in range(2)]
-            backward.list_rows_kernel[(triton.cdiv(sizes.rows * sizes.choose, LIST_ENTRIES), kv_heads)](
-                lists.offsets, lists.entries, lse, delta, *listed, kv_start, sizes.rows, count, lists.parts,
-                R=sizes.choose, BLOCK_E=LIST_ENTRIES,
-            )  # fmt: skip
-            pointers, parts = (lists.offsets, lists.entries, *listed), lists.parts
         tiling = config["key_value" if partial is None else "key_value_query"]
-        tiles = triton.cdiv(block_size, tiling.keys)
-        backward.key_value_kernel[(count * kv_heads * tiles,)](
-            *tensors, *pointers, d_query if partial is None else partial, d_key, d_value, scale * LOG2_E, kv_start,
-            kv_heads, sizes.rows, count, parts, sizes.kv_heads, LOG2_E=LOG2_E, QUERY=partial is not None, TILES=tiles,
+        if lists is None:
+            padded = (blocks.bounds, blocks.bounds, blocks.bounds, lse, delta)  # R = 0: not read
+        else:
+            entries = kv_heads * sizes.rows * sizes.choose
+            tiles = tile(lists, kv_heads, 0, lists.parts, entries, tiling.rows)
+            room = (len(tiles.lists) + 1) * tiling.rows  # one tile is read ahead
+            padded = (
+                tiles.of_list,
+                torch.empty(room, dtype=torch.int32, device=query.device),
+                torch.empty(room, dtype=torch.int32, device=query.device),
+                torch.empty(room, dtype=torch.float32, device=query.device),
+                torch.empty(room, dtype=torch.float32, device=query.device),
+            )
+            backward.pad_lists_kernel[(len(tiles.lists),)](
+                tiles.lists, tiles.of_list, lists.offsets, lists.entries, lse, delta, *padded[1:], kv_start,
+                sizes.rows, kv_heads * count, count, lists.parts, sizes.kv_heads, G=sizes.group, R=sizes.choose,
+                BLOCK_M=tiling.rows, num_warps=1,
+            )  # fmt: skip
+        key_tiles = triton.cdiv(block_size, tiling.keys)
+        backward.key_value_kernel[(count * kv_heads * key_tiles,)](
+            *tensors, *padded, d_query if partial is None else partial, d_key, d_value, scale * LOG2_E, kv_start,
+            kv_heads, sizes.rows, count, sizes.kv_heads, LOG2_E=LOG2_E, QUERY=partial is not None, TILES=key_tiles,
             **constants, **tiling.arguments(),
         )  # fmt: skip
 
@@ -159,6 +167,7 @@ def attend_backward(
             partial = torch.empty(some.numel(), sizes.head_dim, dtype=query.dtype, device=query.device)
             key_value(lists, partial, kv_start, len(some))
             merge_rows(partial, kv_start, len(some), everything)
+            del partial  # before the next chunk's is made
             continue
         key_value(lists, None, kv_start, len(some))
         for chunk in chunks(lists, sizes, tokens):

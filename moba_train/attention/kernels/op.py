@@ -58,8 +58,8 @@ def attend(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """(out (T, H, D), log-sum-exp (K, T * G)) of attention to the chosen blocks and the own one."""
-    tensors = [tensor.contiguous() for tensor in (query, key, value)]
-    return launch.attend(*tensors, Blocks(bounds, first, of_token), choices.contiguous(), block_size, scale)
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    return launch.attend(query, key, value, Blocks(bounds, first, of_token), choices.contiguous(), block_size, scale)
 
 
 @attend.register_fake
@@ -96,8 +96,11 @@ def attend_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dQ, dK, dV)."""
-    tensors = [tensor.contiguous() for tensor in (d_out, query, key, value, out, lse)]
-    return launch.attend_backward(*tensors, Blocks(bounds, first, of_token), choices.contiguous(), block_size, scale)
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    blocks = Blocks(bounds, first, of_token)
+    return launch.attend_backward(
+        d_out.contiguous(), query, key, value, out, lse, blocks, choices.contiguous(), block_size, scale
+    )
 
 
 @attend_backward.register_fake

@@ -16,7 +16,7 @@ from moba_train.attention.kernels.route import Lists
 
 WORKSPACE_SHARE = 0.5  # of the bytes of query, key, value, out and their gradients
 WORKSPACE_FLOOR = 64 << 20  # bytes that are never worth a second chunk
-ENTRY_BYTES = 16  # of an entry besides its partial result: place in a list, log-sum-exp, delta
+ENTRY_BYTES = 24  # of an entry besides its partial result: places in lists, log-sum-exps, delta
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ def configs(head_dim: int, block_size: int) -> dict[str, Config]:
         largest = 128
     elif head_dim <= 128:
         table = {
-            "forward": Config(128, min(keys, 64), 8, 3),
+            "forward": Config(128, min(keys, 128), 8, 3),
             "resident": Config(64, keys, 4, 2),
             "merge": Config(64, min(keys, 64), 4, 2),
-            "query": Config(128, min(keys, 64), 8, 2),
-            "merge_query": Config(64, min(keys, 32), 4, 2),
+            "query": Config(128, min(keys, 64), 8, 3),
+            "merge_query": Config(64, min(keys, 64), 4, 2),
             "key_value": Config(64, min(keys, 128), 8, 3),
             "key_value_query": Config(64, keys, 8, 3),
         }
@@ -125,7 +125,7 @@ class Chunk:
 
 def chunks(lists: Lists, sizes: Sizes, tokens: int) -> Iterator[Chunk]:
     """Whole parts, about ``tokens`` tokens at a time."""
-    step = max(1, tokens // lists.part_tokens)
+    step = lists.parts if tokens == sizes.tokens else max(1, tokens // lists.part_tokens)
     for part_start in range(0, lists.parts, step):
         part_stop = min(part_start + step, lists.parts)
         start = part_start * lists.part_tokens

@@ -23,14 +23,18 @@ def row_offsets(o_row, i_kv, K, G: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def load_rows(p_base, o_offset, m_row, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(rows, BLOCK_D) at p_base + o_offset; zero where m_row is false and past D."""
+def load_rows(p_base, o_offset, m_row, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr = True):
+    """(rows, BLOCK_D) at p_base + o_offset; zero past D and, if MASKED, where m_row is false."""
     o_d = tl.arange(0, BLOCK_D)
     p_rows = p_base + o_offset[:, None] + o_d[None, :]
-    if D == BLOCK_D:
+    if MASKED and D == BLOCK_D:
         return tl.load(p_rows, mask=m_row[:, None], other=0.0)
-    else:
+    elif MASKED:
         return tl.load(p_rows, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
+    elif D == BLOCK_D:
+        return tl.load(p_rows)
+    else:
+        return tl.load(p_rows, mask=(o_d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -48,18 +52,7 @@ def store_rows(p_base, o_offset, b_rows, m_row, D: tl.constexpr, BLOCK_D: tl.con
 @triton.jit
 def load_keys(p_base, o_token, n_stop, i_kv, K, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
     """(tokens, BLOCK_D) of kv head i_kv from a (T, K, D) tensor; zero from token n_stop on, if MASKED."""
-    o_d = tl.arange(0, BLOCK_D)
-    p_rows = p_base + (o_token.to(tl.int64) * K + i_kv)[:, None] * D + o_d[None, :]
-    if MASKED:
-        if D == BLOCK_D:
-            return tl.load(p_rows, mask=(o_token < n_stop)[:, None], other=0.0)
-        else:
-            return tl.load(p_rows, mask=(o_token < n_stop)[:, None] & (o_d < D)[None, :], other=0.0)
-    else:
-        if D == BLOCK_D:
-            return tl.load(p_rows)
-        else:
-            return tl.load(p_rows, mask=(o_d < D)[None, :], other=0.0)
+    return load_rows(p_base, (o_token.to(tl.int64) * K + i_kv) * D, o_token < n_stop, D, BLOCK_D, MASKED)
 
 
 @triton.jit
