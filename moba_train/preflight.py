@@ -43,7 +43,7 @@ def check_model(config: Config, schedule: Schedule) -> None:
         parameters = rope_parameters(parameters, stage.rope)
     if getattr(model, "sliding_window", None) is not None and getattr(model, "use_sliding_window", True):
         raise ValueError(
-            f"{config.model.name} has sliding_window={model.sliding_window}, which moba and full attention do not compute: "
+            f"{config.model.name} has sliding_window={model.sliding_window}, which moba and full do not compute: "
             f"set sliding_window to null in its config.json if it is to read its whole context"
         )
     tokenizer = load_tokenizer(tokenizer_path(config.model))
@@ -66,7 +66,7 @@ def check_store(config: Config, schedule: Schedule, stores: Path) -> None:
         if longest < stage.context_length:
             raise ValueError(
                 f"context_length={stage.context_length} of stage {stage.name} is reached by no training document: the "
-                f"longest of {config.data.name} has {longest} tokens. Set it to at most {longest}, or add longer documents"
+                f"longest of {config.data.name} has {longest} tokens. Set it to at most that, or add longer documents"
             )
     heldout = TokenStore.open(stores / "heldout")
     longest = int(heldout.lengths.max(initial=0))

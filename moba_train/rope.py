@@ -40,7 +40,7 @@ def rope_parameters(present: dict[str, Any], rope: RopeConfig | None) -> dict[st
         raise ValueError(f"rope.rope_type={kind} needs rope.factor (new context length / original context length)")
     if kind in ("yarn", "llama3") and "original_max_position_embeddings" not in parameters:
         raise ValueError(
-            f"rope.rope_type={kind} needs rope.original_max_position_embeddings, the context length the model was trained at"
+            f"rope.rope_type={kind} needs rope.original_max_position_embeddings, the context it was trained at"
         )
     return parameters
 

@@ -192,8 +192,8 @@ def optimize(run: Run) -> dict[str, float]:
             row = run.bins.as_row("train", curve=_due(run.step + 1, run.config.position_loss.log_every))
             if not math.isfinite(row["train/loss"]):
                 raise FloatingPointError(
-                    f"the loss of step {run.step + 1} is {row['train/loss']}: lower schedule.learning_rate.peak, or look "
-                    f"at the data of this step; resume goes on from the last checkpoint"
+                    f"the loss of step {run.step + 1} is {row['train/loss']}: lower schedule.learning_rate.peak, or "
+                    f"look at the data of this step; resume goes on from the last checkpoint"
                 )
         norm = step_engine(run.engine, run.config.train)
     run.throughput.step(run.schedule.tokens_per_step, cost)

@@ -71,8 +71,8 @@ def _ranges(config: Config) -> None:
             raise ValueError(f"{key}={share}: must be from 0 to 1")
     if rate.warmup_share + rate.decay_share > 1:
         raise ValueError(
-            f"schedule.learning_rate.warmup_share={rate.warmup_share} and decay_share={rate.decay_share} add up to more "
-            f"than the run: make their sum at most 1"
+            f"schedule.learning_rate.warmup_share={rate.warmup_share} and decay_share={rate.decay_share} are more "
+            f"than the whole run: make their sum at most 1"
         )
     if not rate.peak > 0:
         raise ValueError(f"schedule.learning_rate.peak={rate.peak}: must be above 0")

@@ -36,7 +36,7 @@ def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, train: Tra
 
 
 def engine_config(train: TrainConfig, runtime: Runtime) -> dict:
-    """DeepSpeed's configuration. Its batch sizes count micro-batches, since rows and their length vary with the stage."""
+    """DeepSpeed's configuration. It counts batches in micro-batches, since rows and their length vary by stage."""
     config: dict = {
         "train_micro_batch_size_per_gpu": 1,
         "train_batch_size": runtime.world_size,

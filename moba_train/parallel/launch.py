@@ -38,6 +38,8 @@ def run(launch: LaunchConfig, resolved: Path) -> int:
     """
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Idle OpenMP threads that spin slow every small operation down as soon as another process wants a core.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.setdefault("OMP_NUM_THREADS", str(launch.threads or _threads(launch.processes)))
     process = subprocess.Popen(command(launch, resolved), env=environment, start_new_session=True)
 
