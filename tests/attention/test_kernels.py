@@ -135,7 +135,7 @@ def test_chunks_change_nothing(monkeypatch, block_size):
     monkeypatch.setattr(route, "COUNT_ENTRIES", 64)
     whole = attend(op.triton_attention, case, case.spec, tensors)
     monkeypatch.setattr(plan, "WORKSPACE_FLOOR", 0)
-    monkeypatch.setattr(plan, "WORKSPACE_SHARE", 0.1)
+    monkeypatch.setattr(plan, "WORKSPACE_SHARE", 0.02)
     sizes = plan.Sizes(case.lengths[0], 2, 1, 1, case.head_dim, block_size)
     heads, tokens = plan.chunk_size(sizes, 2)
     assert heads == 1 and tokens < case.lengths[0] / 2
@@ -227,7 +227,7 @@ def test_refusals_name_the_reason():
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests above run here themselves")
 def test_all_of_the_above_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "-q", __file__]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", __file__]
     done = subprocess.run(
         command,
         env={**os.environ, "TRITON_INTERPRET": "1"},

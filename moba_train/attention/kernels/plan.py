@@ -67,12 +67,12 @@ def configs(head_dim: int, block_size: int) -> dict[str, Config]:
     keys = max(16, triton.next_power_of_2(block_size))
     if head_dim <= 64:
         table = {
-            "forward": Config(128, min(keys, 128), 4, 3),
+            "forward": Config(128, min(keys, 64), 8, 3),
             "resident": Config(128, keys, 8, 2),
             "merge": Config(64, min(keys, 64), 4, 2),
-            "query": Config(128, min(keys, 64), 4, 3),
+            "query": Config(128, min(keys, 64), 8, 3),
             "merge_query": Config(64, min(keys, 64), 4, 2),
-            "key_value": Config(64, min(keys, 128), 4, 3),
+            "key_value": Config(128, min(keys, 64), 4, 2),
             "key_value_query": Config(64, keys, 8, 3),
         }
         largest = 128

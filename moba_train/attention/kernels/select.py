@@ -2,9 +2,9 @@
 
 A program owns BLOCK_M rows of one kv head and streams over the representatives of the blocks they may choose from,
 SELECT_BLOCKS at a time, in block order. It keeps the R best (score, block) pairs of each row. Of a tile of scores it
-takes the best one of every row as long as some row still gains by it; after the first tiles that is seldom more than
-two or three rounds. A new pair replaces the worst one only if it is strictly better, and of equal worst ones the last:
-ties go to the earlier block.
+takes the best one of every row, and again, as often as the row with most scores above its worst pair asks for: after
+the first tiles about three rounds. A new pair replaces the worst one only if it is strictly better, and of equal worst
+ones the last: ties go to the earlier block.
 
 Work: 2 products of 2 x D operations for each (query, earlier block), and about 10 fp32 operations on each score.
 Bytes: queries once, representatives from L2, R small integers written a query.
@@ -46,23 +46,23 @@ def _scores(
 
 
 @triton.jit
-def _insert(b_scores, o_block, b_best, b_index, FAR: tl.constexpr):
+def _insert(b_scores, o_block, b_best, b_index, R: tl.constexpr, FAR: tl.constexpr):
     """Carry the scores (BLOCK_M, BLOCK_N) of blocks o_block into the best pairs (BLOCK_M, SLOTS)."""
-    b_top = tl.max(b_scores, 1)
     b_worst = tl.min(b_best, 1)
-    n_gain = tl.max((b_top > b_worst).to(tl.int32), 0)
-    if n_gain > 0:  # a branch of its own: a loop right inside the caller's would keep that one's loads from pipelining
-        while n_gain > 0:
+    n_rounds = tl.max(tl.sum((b_scores > b_worst[:, None]).to(tl.int32), 1), 0)
+    if (
+        n_rounds > 0
+    ):  # a branch of its own: a loop right inside the caller's would keep that one's loads from pipelining
+        for _ in range(tl.minimum(n_rounds, R)):
+            b_top = tl.max(b_scores, 1)
             b_which = tl.min(tl.where(b_scores == b_top[:, None], o_block[None, :], FAR), 1)
+            b_scores = tl.where(o_block[None, :] == b_which[:, None], -float("inf"), b_scores)
             m_worst = b_best == b_worst[:, None]
             b_last = tl.max(tl.where(m_worst, b_index, -1), 1)
             m_slot = m_worst & (b_index == b_last[:, None]) & (b_top > b_worst)[:, None]
             b_best = tl.where(m_slot, b_top[:, None], b_best)
             b_index = tl.where(m_slot, b_which[:, None], b_index)
-            b_scores = tl.where(o_block[None, :] == b_which[:, None], -float("inf"), b_scores)
-            b_top = tl.max(b_scores, 1)
             b_worst = tl.min(b_best, 1)
-            n_gain = tl.max((b_top > b_worst).to(tl.int32), 0)
     return b_best, b_index
 
 
@@ -116,16 +116,16 @@ def _select_kernel(
         o_block = n_block + tl.arange(0, BLOCK_N)
         b_scores = _scores(p_high, p_low, b_query, i_base, n_block, i_own_high, LOWEST, D, BLOCK_D, BLOCK_N)
         m_allowed = (o_block[None, :] >= b_first[:, None]) & (o_block[None, :] < b_own[:, None])
-        b_best, b_index = _insert(tl.where(m_allowed, b_scores, -float("inf")), o_block, b_best, b_index, FAR)
+        b_best, b_index = _insert(tl.where(m_allowed, b_scores, -float("inf")), o_block, b_best, b_index, R, FAR)
     for n_block in range(n_edge, n_plain, BLOCK_N):
         o_block = n_block + tl.arange(0, BLOCK_N)
         b_scores = _scores(p_high, p_low, b_query, i_base, n_block, i_own_high, LOWEST, D, BLOCK_D, BLOCK_N)
-        b_best, b_index = _insert(b_scores, o_block, b_best, b_index, FAR)
+        b_best, b_index = _insert(b_scores, o_block, b_best, b_index, R, FAR)
     for n_block in range(n_plain, i_own_high, BLOCK_N):
         o_block = n_block + tl.arange(0, BLOCK_N)
         b_scores = _scores(p_high, p_low, b_query, i_base, n_block, i_own_high, LOWEST, D, BLOCK_D, BLOCK_N)
         m_allowed = (o_block[None, :] >= b_first[:, None]) & (o_block[None, :] < b_own[:, None])
-        b_best, b_index = _insert(tl.where(m_allowed, b_scores, -float("inf")), o_block, b_best, b_index, FAR)
+        b_best, b_index = _insert(tl.where(m_allowed, b_scores, -float("inf")), o_block, b_best, b_index, R, FAR)
 
     b_choice = tl.where(b_index < FAR, b_index - b_first[:, None], NONE)
     p_rows = p_choice + (i_kv.to(tl.int64) * T * G + o_row)[:, None] * R + o_slot[None, :]
