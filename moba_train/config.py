@@ -109,6 +109,18 @@ class SourceConfig:
 
 
 @dataclass
+class MixConfig:
+    """Which rows a stage draws. All unset: every document once an epoch, in the sources' natural proportions."""
+
+    weights: dict[str, float] = field(default_factory=dict)  # source name: its share of tokens; unnamed: not drawn
+    # {N: w}: a token of a document of N tokens or more (of the largest such N) is drawn w times as often as others of
+    # its source; where no source has a weight, as all others.
+    length_weights: dict[int, float] = field(default_factory=dict)
+    min_length: int = 1  # tokens; shorter documents are not drawn
+    full_rows: float | None = None  # share of rows that are one full-length segment; 1: no packed rows
+
+
+@dataclass
 class DataConfig:
     """Documents to train on and to hold out, and the token store they become."""
 
@@ -120,6 +132,7 @@ class DataConfig:
     append_eos: bool = True  # the tokenizer's end-of-text token after every document
     threads: int = 0  # tokenising threads; 0: one a core
     min_document_tokens: int = 1  # shorter documents are dropped and counted
+    mix: MixConfig = field(default_factory=MixConfig)  # of every stage without its own
 
 
 @dataclass
@@ -162,6 +175,7 @@ class StageConfig:
     attention: StageAttentionConfig = field(default_factory=StageAttentionConfig)
     rope: RopeConfig | None = None
     learning_rate: StageLearningRateConfig | None = None
+    mix: MixConfig | None = None  # in place of data.mix
 
 
 class DecayShape(Enum):

@@ -148,6 +148,7 @@ def enter(run: Run, stage: Stage) -> None:
         run.runtime.world_size,
         # Stages draw rows in orders of their own: a stage must not begin with the rows the one before began with.
         seed=config.run.seed + stage.index,
+        mix=config.schedule.stages[stage.index].mix or config.data.mix,
     )
     run.loader.load_state_dict({"rows": (run.step - stage.first_step) * rows_per_step})
     rank_rows = rows_per_step // run.runtime.world_size
@@ -284,8 +285,8 @@ def _check_store(state: dict[str, Any], store: TokenStore) -> None:
 
 
 def _packing(loader: RowLoader) -> str:
-    packed = loader.packed
-    return f"{len(packed)} rows an epoch, {100 * packed.full_rows / len(packed):.0f} % one whole document part"
+    mix = loader.mix
+    return f"{len(mix.rows)} rows an epoch, {100 * mix.full_share:.0f} % of those drawn one whole document part"
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,8 +1,8 @@
 """Packed rows → this rank's batches for one optimizer step, with a state of one number.
 
-The rows of all epochs form one endless stream: epoch e is the packed rows in an order drawn from (seed, e). A step
-takes the next ``rows_per_step`` rows of it, whatever the number of ranks, and each rank takes its slice of those. So
-the count of rows taken is the whole state, and a run may go on with another number of ranks.
+A mix gives one endless stream of rows. A step takes the next ``rows_per_step`` rows of it, whatever the number of
+ranks, and each rank takes its slice of those. So the count of rows taken is the whole state, and a run may go on with
+another number of ranks.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from moba_train.config import MixConfig
+from moba_train.data.mix import build_mix
 from moba_train.data.pack import Rows, pack
 from moba_train.data.store import TokenStore
 
@@ -49,29 +51,25 @@ class RowLoader:
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
+        mix: MixConfig | None = None,
     ) -> None:
         if rows_per_step < 1 or rows_per_step % world_size:
             raise ValueError(
                 f"{rows_per_step} rows a step cannot be shared by {world_size} ranks; "
                 f"make train.tokens_per_step a multiple of {world_size * context_length} (ranks x context length)"
             )
-        self.packed = pack(store.lengths, context_length, seed)
-        if not len(self.packed):
-            raise ValueError(f"the store {store.path} holds no tokens; prepare it from other documents")
+        self.mix = build_mix(store, context_length, seed, mix or MixConfig())
         self.rows_per_step = rows_per_step
         self._store = store
         self._rank = rank
         self._world_size = world_size
-        self._seed = seed
-        self._max_segments = self.packed.max_segments
+        self._max_segments = self.mix.rows.max_segments
         self._rows_taken = 0
-        self._epoch = -1
-        self._order = np.empty(0, np.int64)
 
     @property
     def epoch(self) -> float:
-        """Passes over the data so far."""
-        return self._rows_taken / len(self.packed)
+        """Rows taken over the rows there are: passes over the data, where each source has its natural share."""
+        return self._rows_taken / len(self.mix.rows)
 
     def next_step(self, micro_batch_rows: int) -> list[Batch]:
         """This rank's micro-batches of the next step, each of ``micro_batch_rows`` rows."""
@@ -81,20 +79,12 @@ class RowLoader:
                 f"{rank_rows} rows of a rank do not make micro-batches of {micro_batch_rows}; make "
                 "train.tokens_per_step a multiple of ranks x train.micro_batch_tokens"
             )
-        first = self._rows_taken + self._rank * rank_rows
-        rows = [self._row_at(first + i) for i in range(rank_rows)]
+        rows = self.mix.draw(self._rows_taken + self._rank * rank_rows, rank_rows)
         self._rows_taken += self.rows_per_step
         return [
-            make_batch(self._store, self.packed, rows[i : i + micro_batch_rows], self._max_segments)
+            make_batch(self._store, self.mix.rows, rows[i : i + micro_batch_rows], self._max_segments)
             for i in range(0, rank_rows, micro_batch_rows)
         ]
-
-    def _row_at(self, position: int) -> int:
-        epoch, index = divmod(position, len(self.packed))
-        if epoch != self._epoch:
-            self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self.packed))
-            self._epoch = epoch
-        return int(self._order[index])
 
     def state_dict(self) -> dict[str, int]:
         return {"rows": self._rows_taken}

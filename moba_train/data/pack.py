@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,6 +32,16 @@ class Rows:
         return len(self.offsets) - 1
 
     @property
+    def used(self) -> np.ndarray:
+        """(rows,) document tokens of each row."""
+        return np.add.reduceat(self.lengths, self.offsets[:-1]) if len(self) else np.zeros(0, np.int64)
+
+    @property
+    def is_full(self) -> np.ndarray:
+        """(rows,) bool: the row is one full-length span."""
+        return (np.diff(self.offsets) == 1) & (self.used == self.context_length)
+
+    @property
     def padding_share(self) -> float:
         """Pad tokens over all tokens of the rows."""
         return 1.0 - int(self.lengths.sum()) / max(1, len(self) * self.context_length)
@@ -44,8 +54,23 @@ class Rows:
     @property
     def max_segments(self) -> int:
         """The most segments that a row has, its padding included."""
-        used = np.add.reduceat(self.lengths, self.offsets[:-1]) if len(self) else np.zeros(0, np.int64)
-        return int((np.diff(self.offsets) + (used < self.context_length)).max(initial=0))
+        return int((np.diff(self.offsets) + (self.used < self.context_length)).max(initial=0))
+
+    def renamed(self, documents: np.ndarray) -> Rows:
+        """The same rows of documents that are called ``documents[0]``, ``documents[1]``, … elsewhere."""
+        return replace(self, documents=documents[self.documents])
+
+    def slice(self, first: int, stop: int) -> Rows:
+        """Rows ``first`` to ``stop``."""
+        spans = slice(self.offsets[first], self.offsets[stop])
+        return Rows(
+            context_length=self.context_length,
+            offsets=self.offsets[first : stop + 1] - self.offsets[first],
+            documents=self.documents[spans],
+            starts=self.starts[spans],
+            lengths=self.lengths[spans],
+            full_rows=int(self.is_full[first:stop].sum()),
+        )
 
 
 def pack(lengths: np.ndarray, context_length: int, seed: int = 0) -> Rows:
@@ -82,6 +107,20 @@ def pack(lengths: np.ndarray, context_length: int, seed: int = 0) -> Rows:
         starts=np.concatenate([full_starts, piece_starts[by_row]]),
         lengths=np.concatenate([np.full(len(full_documents), context_length), piece_lengths[by_row]]),
         full_rows=len(full_documents),
+    )
+
+
+def join(parts: list[Rows]) -> Rows:
+    """The rows of all ``parts``, one after another."""
+    spans = np.cumsum([0, *(len(part.documents) for part in parts)])
+    offsets = [part.offsets[:-1] + first for part, first in zip(parts, spans[:-1], strict=True)]
+    return Rows(
+        context_length=parts[0].context_length,
+        offsets=np.concatenate([*offsets, spans[-1:]]).astype(np.int64),
+        documents=np.concatenate([part.documents for part in parts]),
+        starts=np.concatenate([part.starts for part in parts]),
+        lengths=np.concatenate([part.lengths for part in parts]),
+        full_rows=sum(part.full_rows for part in parts),
     )
 
 

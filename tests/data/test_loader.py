@@ -28,7 +28,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
             writer.close_shard({})
         first += int(length)
     writer.close_shard({})
-    writer.finish({"eos_id": EOS})
+    writer.finish({"eos_id": EOS, "sources": [{"name": "numbers"}]})
     return TokenStore.open(path)
 
 
@@ -49,7 +49,7 @@ def segments_of(batch: Batch) -> list[slice]:
 def test_an_epoch_holds_every_token_once(store: TokenStore, context_length: int, seed: int) -> None:
     loader = RowLoader(store, context_length, rows_per_step=1, seed=seed)
     for _ in range(2):
-        seen = [loader.next_step(1)[0] for _ in range(len(loader.packed))]
+        seen = [loader.next_step(1)[0] for _ in range(len(loader.mix.rows))]
         tokens = np.concatenate([batch.input_ids.flatten().numpy() for batch in seen])
         assert (np.sort(tokens[tokens != EOS]) == np.arange(1, store.tokens + 1)).all()
 
@@ -65,7 +65,7 @@ def test_segments(store: TokenStore, context_length: int, rows: int) -> None:
         ids, labels, positions = (t.flatten() for t in (batch.input_ids, batch.labels, batch.position_ids))
         assert batch.cu_seqlens.dtype == torch.int32
         assert batch.cu_seqlens[-1] == batch.tokens == ids.numel()
-        assert len(batch.cu_seqlens) == rows * loader.packed.max_segments + 1
+        assert len(batch.cu_seqlens) == rows * loader.mix.rows.max_segments + 1
         for row in range(rows):
             assert row * context_length in batch.cu_seqlens
         for span in segments_of(batch):
@@ -111,8 +111,8 @@ def test_resume_at_any_step(store: TokenStore, steps: int, before: int, after: i
 def test_epochs_and_seeds_differ(store: TokenStore) -> None:
     def order(seed: int, epoch: int) -> np.ndarray:
         loader = RowLoader(store, 64, 1, seed=seed)
-        loader.load_state_dict({"rows": epoch * len(loader.packed)})
-        return np.concatenate([rows_of([loader], 1) for _ in range(len(loader.packed))])
+        loader.load_state_dict({"rows": epoch * len(loader.mix.rows)})
+        return np.concatenate([rows_of([loader], 1) for _ in range(len(loader.mix.rows))])
 
     first = order(0, 0)
     assert (first == order(0, 0)).all()
