@@ -50,6 +50,8 @@ class Run:
     throughput: Throughput
     own_rope: dict[str, Any]  # rope_parameters as loaded, before any stage
     step: int = 0  # optimizer steps done
+    seconds_before: float = 0.0  # of the processes that this one goes on from
+    began: float = field(default_factory=time.monotonic)
     stage: Stage | None = None
     loader: RowLoader = field(init=False)  # of the stage
     bins: PositionLoss = field(init=False)  # of the stage
@@ -57,6 +59,11 @@ class Run:
     @property
     def tokens(self) -> int:
         return self.step * self.schedule.tokens_per_step
+
+    @property
+    def seconds(self) -> float:
+        """Since the first start, interruptions left out."""
+        return self.seconds_before + time.monotonic() - self.began
 
     @property
     def checkpoints(self) -> Path:
@@ -98,7 +105,10 @@ def build(config: Config, folder: Path, runtime: Runtime) -> Run:
         step=step,
     )
     if newest:  # last of all: nothing may draw a random number between this and the next step
-        _check_store(checkpoint.load(newest, engine, runtime), run.store)
+        state = checkpoint.load(newest, engine, runtime)
+        _check_store(state, run.store)
+        run.seconds_before = state["seconds"]
+        run.throughput.tokens, run.throughput.seconds = state["training_tokens_and_seconds"]
     return run
 
 
@@ -265,7 +275,8 @@ def save(run: Run) -> None:
         "rope_parameters": run.model.config.rope_parameters,
         "rows": run.loader.state_dict()["rows"],
         "store": run.store.manifest["sha256"],
-        "saved_at": time.time(),
+        "seconds": run.seconds,
+        "training_tokens_and_seconds": [run.throughput.tokens, run.throughput.seconds],
     }
     with run.throughput.pause():
         checkpoint.save(run.checkpoints, run.engine, state, run.config.checkpoint.keep, run.runtime)

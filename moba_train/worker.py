@@ -11,12 +11,12 @@ import argparse
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from moba_train import resolved
 from moba_train.metrics_file import read_rows
+from moba_train.parallel import lifetime
 from moba_train.runtime import finish, start
 from moba_train.train import Run, build, train
 
@@ -28,13 +28,15 @@ def main() -> int:
     parser.add_argument("--config", type=Path, required=True, help="resolved.yaml in the run directory")
     parser.add_argument("--local_rank", type=int, help="accepted from the deepspeed launcher; LOCAL_RANK counts")
     arguments = parser.parse_args()
+    lifetime.follow_launcher()
     folder = arguments.config.resolve().parent
-    began = time.monotonic()
     run: Run | None = None
+    claimed = None
     code = 1
     try:
         config = resolved.load(arguments.config)
         runtime = start(config.launch)
+        claimed = lifetime.claim(folder) if runtime.is_main else None
         run = build(config, folder, runtime)
         train(run)
         code = 0
@@ -48,12 +50,14 @@ def main() -> int:
         if run is not None and run.tracker is not None:
             run.tracker.close(failed=code != 0)
     if code == 0 and run is not None and runtime.is_main:
-        write_result(run, time.monotonic() - began)
+        write_result(run)
     finish()
+    if claimed is not None:
+        claimed.close()
     return code
 
 
-def write_result(run: Run, seconds: float) -> None:
+def write_result(run: Run) -> None:
     """The sweepers' objective and the report's table: the held-out losses at each point."""
     keys = ("eval/point", "step", "tokens", "eval/loss", "eval/trailing_loss")
     points = [
@@ -66,7 +70,7 @@ def write_result(run: Run, seconds: float) -> None:
         "loss": points[-1]["loss"],
         "trailing_loss": points[-1]["trailing_loss"],
         "tokens": run.tokens,
-        "seconds": seconds,
+        "seconds": run.seconds,
         "tokens_per_second": run.throughput.tokens / run.throughput.seconds if run.throughput.seconds else None,
         "points": points,
     }

@@ -69,7 +69,11 @@ def run_one(config: Config) -> tuple[Path, int]:
     folder = run_folder(config)
     preflight.open_folder(config, folder)
     console.print(f"run directory: {folder}")
-    code = launch.run(config.launch, folder / resolved.FILE)
+    if (folder / "result.json").is_file():
+        console.print("the run is complete")
+        code = 0
+    else:
+        code = launch.run(config.launch, folder / resolved.FILE)
     if code:
         print(
             f"error: the run in {folder} ended with exit code {code}; its checkpoints stand, run.resume=auto goes on "

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from moba_train.config import LaunchConfig
+from moba_train.parallel import lifetime
 
 
 def command(launch: LaunchConfig, resolved: Path) -> list[str]:
@@ -41,7 +42,10 @@ def run(launch: LaunchConfig, resolved: Path) -> int:
     # Idle OpenMP threads that spin slow every small operation down as soon as another process wants a core.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.setdefault("OMP_NUM_THREADS", str(launch.threads or _threads(launch.processes)))
-    process = subprocess.Popen(command(launch, resolved), env=environment, start_new_session=True)
+    environment[lifetime.FOLLOW_PARENT] = "1"
+    process = subprocess.Popen(
+        command(launch, resolved), env=environment, start_new_session=True, preexec_fn=lifetime.follow_parent
+    )
 
     def forward(number: int, _frame) -> None:
         os.killpg(process.pid, number)
