@@ -2,7 +2,7 @@
 
 On a CPU: the `varlen` backend against torch's dense causal attention from 2K to 32K tokens, one document, forward and
 forward + backward. No speed is printed unless output and gradients matched the reference at the smallest length, in
-the same run.
+the same run. On a GPU: the fused kernels against cuDNN from 32K to 1M tokens, see bench_attention_cuda.py.
 """
 
 from __future__ import annotations
@@ -101,6 +101,10 @@ def cpu_growth(shape: Shape) -> None:
 
 
 def main() -> None:
+    if torch.cuda.is_available():
+        from bench_attention_cuda import main as cuda_main
+
+        return cuda_main()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("heads", 6), ("kv-heads", 2), ("head-dim", 32), ("block-size", 256), ("top-k", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
