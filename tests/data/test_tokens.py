@@ -15,7 +15,8 @@ import pytest
 
 from moba_train import embedded
 from moba_train.config import DataConfig, SourceConfig, SourceFormat
-from moba_train.data import tokens
+from moba_train.data import encode, tokens
+from moba_train.data.documents import find_files
 from moba_train.data.store import StoreWriter, TokenStore
 from moba_train.data.tokenizer import load_tokenizer
 from moba_train.data.tokens import prepare_store
@@ -55,8 +56,8 @@ def test_a_store_holds_each_document_as_encoded_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: str
 ) -> None:
     """Also where documents are cut into pieces over several batches, and the store into shards."""
-    monkeypatch.setattr(tokens, "PIECE_CHARACTERS", 100)
-    monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 700)
+    monkeypatch.setattr(encode, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 700)
     monkeypatch.setattr(tokens, "SHARD_BYTES", 5000)
     first, second = some_texts(30), [*some_texts(20, seed=1), "", "x" * 3000, "é"]
     store = prepared(
@@ -83,6 +84,13 @@ def test_settings(tmp_path: Path) -> None:
     ]
     assert store.manifest["sources"][0]["short"] == 2
     assert store.eos_id == 0
+
+
+def test_an_id_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    """In two bytes 65,536 would become 0, silently."""
+    writer = StoreWriter(tmp_path / "store", vocab_size=1 << 16, shard_bytes=100)
+    with pytest.raises(ValueError, match="token id 65536 in a vocabulary of 65536; fix the tokenizer"):
+        writer.add([np.array([3, 1 << 16], np.uint32)], source=0)
 
 
 def test_big_vocabularies_take_four_bytes(tmp_path: Path) -> None:
@@ -112,7 +120,7 @@ def test_made_once_and_anew_where_something_changed(tmp_path: Path) -> None:
 
 def test_heldout_sources_and_fraction(tmp_path: Path) -> None:
     texts = some_texts(300, longest=20)
-    source = jsonl(tmp_path / "a.jsonl", texts + texts[:50])
+    source = jsonl(tmp_path / "a.jsonl", texts)
     data = config(tmp_path, source, heldout_fraction=0.1)
     train, heldout = prepared(data), prepared(data, "heldout")
     everything = prepared(config(tmp_path, source))
@@ -129,7 +137,7 @@ def test_heldout_sources_and_fraction(tmp_path: Path) -> None:
 CHILD = """
 import os, signal, sys
 from moba_train.config import DataConfig, SourceConfig, SourceFormat
-from moba_train.data import tokens
+from moba_train.data import encode, tokens
 tokens.SHARD_BYTES = 4000
 source, store, tokenizer, calls_left = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 def counted(call):
@@ -183,15 +191,15 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
 def test_an_interrupted_source_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was counted before the interruption counts once."""
     monkeypatch.setattr(tokens, "SHARD_BYTES", 2000)
-    monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 500)
     source = jsonl(tmp_path / "a.jsonl", [*some_texts(40), "", "", *some_texts(1500, seed=2, longest=3)])
     whole = prepared(config(tmp_path / "whole", source))
     add = StoreWriter.add
 
-    def fails(self: StoreWriter, parts: list[np.ndarray], source: int) -> bool:
+    def fails(self: StoreWriter, parts: list[np.ndarray], source: int, digest: int) -> bool:
         if len(self.shards) == 9:
             raise KeyboardInterrupt
-        return add(self, parts, source)
+        return add(self, parts, source, digest)
 
     data = config(tmp_path / "again", source)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -219,8 +227,8 @@ def test_unfinished_or_damaged_stores_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"00000\.tokens has -1 bytes"):
         TokenStore.open(store.path)
     manifest = store.path / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 9'))
-    with pytest.raises(ValueError, match="store format 9, not 1; prepare the data again"):
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 9'))
+    with pytest.raises(ValueError, match="store format 9, not 2; prepare the data again"):
         TokenStore.open(store.path)
 
 
@@ -247,11 +255,10 @@ def test_bad_input_leaves_no_store(tmp_path: Path) -> None:
 
 
 def test_the_embedded_books(tmp_path: Path) -> None:
-    books = [SourceConfig(name=split, path=str(DATA / "books" / split)) for split in ("train", "heldout")]
-    data = DataConfig(name="books", train=books[:1], heldout=books[1:], store_dir=str(tmp_path))
-    train, heldout = prepared(data), prepared(data, "heldout")
-    assert (len(train), len(heldout)) == (16, 2)
-    assert (train.tokens, heldout.tokens) == (3_263_691, 297_836)
-    text = load_tokenizer(TOKENIZER).decode(heldout.document(0))
+    train, heldout = (SourceConfig(name=split, path=str(DATA / "books" / split)) for split in ("train", "heldout"))
+    assert len(find_files(train)) == 16
+    store = prepared(DataConfig(name="books", train=[heldout], store_dir=str(tmp_path)))
+    assert (len(store), store.tokens) == (2, 297_836)
+    text = load_tokenizer(TOKENIZER).decode(store.document(0))
     assert text.startswith("[Sense and Sensibility by Jane Austen 1811]\n\nCHAPTER 1\n\n\nThe family of Dashwood")
     assert text.endswith("\n<|endoftext|>") and "\r" not in text

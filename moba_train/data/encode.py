@@ -1,0 +1,77 @@
+"""Texts → token ids at the tokenizer library's own speed: long texts in pieces, in batches, while the next are read."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from moba_train.data.tokenizer import Tokenizer
+
+# A batch's encodings take about 40 bytes a character while they exist; three batches exist at a time.
+BATCH_CHARACTERS = 1 << 20
+BATCH_RECORDS = 10_000
+PIECE_CHARACTERS = 1 << 15  # small, so that one long document keeps every core busy
+CUT = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
+
+T = TypeVar("T")  # what a text comes with
+
+
+def encode(records: Iterator[tuple[T, str]], tokenizer: Tokenizer) -> Iterator[tuple[T, list[np.ndarray]]]:
+    """Each record with its text's token ids in parts, in order, while the next batches are being read and encoded."""
+    with ThreadPoolExecutor(2) as pool:
+        waiting: deque[tuple[Future[list[np.ndarray]], _Batch[T]]] = deque()
+        parts: list[np.ndarray] = []  # of a record that goes on in the next batch
+
+        def take() -> Iterator[tuple[T, list[np.ndarray]]]:
+            nonlocal parts
+            future, batch = waiting.popleft()
+            arrays = future.result()
+            done = 0
+            for end, origin in batch.ends:
+                yield origin, parts + arrays[done:end]
+                parts, done = [], end
+            parts = parts + arrays[done:]
+
+        for batch in _batches(records, tokenizer.cuts_between_words()):
+            waiting.append((pool.submit(tokenizer.encode_batch, batch.texts), batch))
+            if len(waiting) > 2:
+                yield from take()
+        while waiting:
+            yield from take()
+
+
+@dataclass
+class _Batch(Generic[T]):
+    """Texts to encode together, and how many of them precede the end of each record that ends among them."""
+
+    texts: list[str] = field(default_factory=list)
+    ends: list[tuple[int, T]] = field(default_factory=list)
+
+
+def _batches(records: Iterator[tuple[T, str]], cuts: bool) -> Iterator[_Batch[T]]:
+    batch = _Batch[T]()
+    characters = 0
+    for origin, text in records:
+        for piece in _pieces(text) if cuts else [text]:
+            if characters >= BATCH_CHARACTERS or len(batch.ends) >= BATCH_RECORDS:
+                yield batch
+                batch, characters = _Batch[T](), 0
+            batch.texts.append(piece)
+            characters += len(piece)
+        batch.ends.append((len(batch.texts), origin))
+    yield batch
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in pieces of about PIECE_CHARACTERS, cut where `Tokenizer.cuts_between_words` allows it."""
+    start = 0
+    while cut := CUT.search(text, start + PIECE_CHARACTERS):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]

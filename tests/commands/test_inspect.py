@@ -1,0 +1,48 @@
+"""moba-train inspect: the tables say what the store and the stages hold."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from moba_train.commands.inspect import show
+from moba_train.config import Config, MixConfig, SourceConfig
+
+
+def printed(config: Config) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    picture = show(config, console)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_tables_and_picture(tiny_config: Config) -> None:
+    text = printed(tiny_config)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    assert ["train", "3"] in [row[:2] for row in rows]
+    assert ["heldout", "1"] in [row[:2] for row in rows]
+    assert "stage moba: 4 steps, 16 rows of 128 tokens" in text
+    assert "stage full: 2 steps, 4 rows of 256 tokens" in text
+    assert "left out" not in text
+
+
+def test_mixes_of_stages(tiny_config: Config) -> None:
+    folder = tiny_config.data.train[0].path
+    tiny_config.data.train = [
+        SourceConfig(name="long", path=f"{folder}/a.txt"),
+        SourceConfig(name="rest", path=f"{folder}/[bc].txt"),
+        SourceConfig(name="again", path=folder),
+    ]
+    tiny_config.data.mix = MixConfig(weights={"long": 3.0, "rest": 1.0})
+    tiny_config.schedule.stages[1].mix = MixConfig(full_rows=1.0)
+    with pytest.raises(ValueError, match="leaves no document of source 'again'"):
+        tiny_config.data.mix.weights["again"] = 1.0  # its documents are the other sources'
+        printed(tiny_config)
+    del tiny_config.data.mix.weights["again"]
+    text = printed(tiny_config)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    assert ["again", "3", "3"] in rows  # left out: 3 records, 3 of them duplicates
+    assert next(row[2] for row in rows if row[0] == "long" and row[2].endswith("%")) == "75.0%"
+    assert "100.0% of them one full-length segment, 0.00% padding" in text
