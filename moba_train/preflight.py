@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from moba_train import checkpoint, resolved
 from moba_train.attention.backends import BACKENDS
 from moba_train.config import Config, Resume
@@ -33,7 +35,12 @@ def check_model(config: Config, schedule: Schedule) -> None:
     model = model_configuration(config.model)
     refuse_changed_logits(model)
     layers = model.num_hidden_layers
-    parameters = dict(model.rope_parameters)
+    parameters = dict(getattr(model, "rope_parameters", None) or {})
+    if "rope_type" not in parameters:
+        raise ValueError(
+            f"{config.model.name} of model_type {model.model_type} has no single rotary position embedding: use a "
+            f"Llama, Mistral or Qwen model"
+        )
     for stage in schedule.stages:
         if stage.full_layers > layers:
             raise ValueError(
@@ -77,19 +84,25 @@ def check_store(config: Config, schedule: Schedule, stores: Path) -> None:
         )
 
 
-def open_folder(config: Config, folder: Path) -> None:
-    """Make the run directory, or check that the one that stands may be gone on with; write ``resolved.yaml``.
+def check_folder(config: Config, folder: Path) -> None:
+    """The run directory is new and can be made, or may be gone on with. Reads only.
 
     Raises:
         ValueError: it stands and ``run.resume=never``, there is nothing to resume, the settings differ, or it
             cannot be written.
     """
-    stands = (folder / resolved.FILE).is_file()
-    if stands and config.run.resume is Resume.never:
+    try:
+        stands = (folder / resolved.FILE).is_file()
+        checkpoints = checkpoint.list_checkpoints(folder / "checkpoints")
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    except OSError as error:  # a name too long, no permission to look
+        raise _unwritable(folder, error.strerror) from None
+    if (stands or checkpoints) and config.run.resume is Resume.never:
         raise ValueError(
-            f"{folder} holds a run already: set run.resume=auto to go on with it, or choose another run.name"
+            f"run.resume=never and {folder} holds a run already: set run.resume=auto to go on with it, or choose "
+            f"another run.name"
         )
-    if config.run.resume is Resume.must and not checkpoint.list_checkpoints(folder / "checkpoints"):
+    if config.run.resume is Resume.must and not checkpoints:
         raise ValueError(
             f"run.resume=must and {folder} holds no checkpoint: check run.dir and run.name, or set run.resume=auto"
         )
@@ -98,10 +111,33 @@ def open_folder(config: Config, folder: Path) -> None:
             f"{folder} was started with other settings ({'; '.join(changed[:3])}): resume with the same, or choose "
             f"another run.name"
         )
+    if not nearest.is_dir():
+        raise _unwritable(folder, f"{nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise _unwritable(folder, f"no permission in {nearest}")
+
+
+def open_folder(config: Config, folder: Path) -> None:
+    """Make the run directory and write its ``resolved.yaml``, the worker's whole input.
+
+    Raises:
+        ValueError: it cannot be written, or a setting holds a secret, which is not written to disk.
+    """
+    content = resolved.to_yaml(config)
+    written = resolved.flatten(resolved.to_config(OmegaConf.create(content)))
+    if hidden := [key for key, value in resolved.flatten(config).items() if written.get(key) != value]:
+        raise ValueError(
+            f"{hidden[0]} holds a secret (by its name, or the value of an environment variable), and secrets are not "
+            f"written to {resolved.FILE}: take it out of the settings, or rename the variable"
+        )
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         partial = folder / f".{resolved.FILE}.partial"
-        partial.write_text(resolved.to_yaml(config))
+        partial.write_text(content)
         os.replace(partial, folder / resolved.FILE)
     except OSError as error:
-        raise ValueError(f"{folder} cannot be written ({error.strerror}): set run.dir to a folder that can") from None
+        raise _unwritable(folder, error.strerror) from None
+
+
+def _unwritable(folder: Path, why: str | None) -> ValueError:
+    return ValueError(f"run directory {folder} cannot be written ({why}): set run.dir to a folder that can")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -13,10 +14,15 @@ from moba_train.redact import redact
 
 FILE = "resolved.yaml"
 
-# What may change between the start of a run and its continuation: nothing here alters a step.
+# What may change between the start of a run and its continuation: nothing here alters a step. The store may lie
+# elsewhere, since a checkpoint knows the content of the store it was trained on.
 RESUMABLE = (
     "run.resume",
     "run.label",
+    "run.dir",
+    "run.name",
+    "data.store_dir",
+    "data.threads",
     "wandb.",
     "launch.",
     "checkpoint.",
@@ -32,12 +38,14 @@ def to_config(composed: DictConfig) -> Config:
         ValueError: one line naming the key, for a value of the wrong type or a key that does not exist.
     """
     try:
-        stages = composed.schedule.stages
-        merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
+        # As plain values: a key that Hydra's "+key=" added past the schema would be dropped in silence.
+        plain = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
+        stages = OmegaConf.select(plain, "schedule.stages") or []
+        merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
         merged.schedule.stages = [_stage(index, stage) for index, stage in enumerate(stages)]
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ValueError(" ".join(str(error).split("\n")[0].split())) from None
+        raise ValueError(describe(error)) from None
     assert isinstance(config, Config)
     return config
 
@@ -47,7 +55,14 @@ def _stage(index: int, stage: Any) -> DictConfig | ListConfig:
     try:
         return OmegaConf.merge(OmegaConf.structured(StageConfig), stage)
     except OmegaConfBaseException as error:
-        raise ValueError(f"schedule.stages[{index}]: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"schedule.stages[{index}]: {describe(error)}") from None
+
+
+def describe(error: OmegaConfBaseException) -> str:
+    """OmegaConf's message in one line, with the full key where the first line does not name it."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
+    return lines[0] if not key or key in lines[0] else f"{key}: {lines[0]}"
 
 
 def to_yaml(config: Config) -> str:
@@ -59,20 +74,26 @@ def load(path: Path) -> Config:
     """The configuration of a run directory's ``resolved.yaml``."""
     try:
         composed = OmegaConf.load(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    assert isinstance(composed, DictConfig)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(composed, DictConfig) or not composed:
+        raise ValueError(f"{path} holds no settings: choose another run.name, or remove the file")
     return to_config(composed)
 
 
 def differences(before: Config, after: Config) -> list[str]:
     """Settings that differ and would make the continued run another run, as ``key: before -> after``."""
-    old, new = (_flatten(OmegaConf.to_container(OmegaConf.structured(config))) for config in (before, after))
+    old, new = (flatten(config) for config in (before, after))
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not key.startswith(RESUMABLE)
     ]
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every setting by its dotted key."""
+    return _flatten(OmegaConf.to_container(OmegaConf.structured(config)))
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -23,7 +23,8 @@ def parse(schema: type[T], arguments: list[str], usage: str) -> T:
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(arguments))
         values = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
-        raise ValueError(f"{str(error).split(': ')[-1]} is not given: moba-train {usage}") from None
+        key = str(error).splitlines()[0].split(": ")[-1]
+        raise ValueError(f"{key} is not given: moba-train {usage}") from None
     except OmegaConfBaseException as error:
         raise ValueError(f"{str(error).splitlines()[0]}: moba-train {usage}") from None
     assert isinstance(values, schema)

@@ -17,13 +17,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
-from moba_train import preflight, report, resolved
+from moba_train import resolved
 from moba_train.commands.compose import run_hydra
 from moba_train.config import Config
-from moba_train.data.tokens import prepare_store
-from moba_train.model import tokenizer_path
 from moba_train.parallel import launch
-from moba_train.schedule import build_schedule
 from moba_train.summary import print_summary, read_result
 from moba_train.validate import validate
 
@@ -48,6 +45,8 @@ def main(arguments: list[str]) -> int:
 
     run_hydra("train", job, arguments)
     if len(folders) > 1:
+        from moba_train import report
+
         page = report.build(folders[0].parent)
         console.print(f"sweep report: {page}")
     return failures[0] if failures else 0
@@ -56,8 +55,16 @@ def main(arguments: list[str]) -> int:
 def run_one(config: Config) -> tuple[Path, int]:
     """Validate, prepare the data, start the processes, and report. Returns the run directory and the exit code."""
     validate(config)
+    # torch, transformers and matplotlib take seconds to import: a mistyped setting is told before.
+    from moba_train import preflight, report
+    from moba_train.data.tokens import prepare_store
+    from moba_train.model import tokenizer_path
+    from moba_train.schedule import build_schedule
+
     schedule = build_schedule(config)
     preflight.check_model(config, schedule)
+    folder = run_folder(config)
+    preflight.check_folder(config, folder)  # before the data is tokenised, which may take hours
     for stage in schedule.stages:
         if stage.kind.value == "moba" and stage.sparsity == 0:
             console.print(
@@ -66,7 +73,6 @@ def run_one(config: Config) -> tuple[Path, int]:
             )
     stores = prepare_store(config.data, tokenizer_path(config.model))
     preflight.check_store(config, schedule, stores)
-    folder = run_folder(config)
     preflight.open_folder(config, folder)
     console.print(f"run directory: {folder}")
     if (folder / "result.json").is_file():
