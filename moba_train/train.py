@@ -27,6 +27,7 @@ from moba_train.metrics import PositionLoss, Throughput, memory_gb, peak_flops
 from moba_train.model import DTYPES, load_model, tokenizer_path
 from moba_train.optimizer import build_optimizer, set_learning_rate
 from moba_train.parallel.engine import build_engine, set_accumulation, step_engine
+from moba_train.recompute import checkpoint_activations
 from moba_train.rope import rope_parameters, set_rope
 from moba_train.runtime import Runtime, log, seed_everything
 from moba_train.schedule import Schedule, Stage, build_schedule
@@ -76,7 +77,7 @@ def build(config: Config, folder: Path, runtime: Runtime) -> Run:
     schedule = build_schedule(config)
     model = load_model(config.model, config.train.precision)
     if config.train.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     own_rope = dict(model.config.rope_parameters)
     losses = TokenLosses(model, config.train.loss_tile_tokens)
     engine = build_engine(losses, build_optimizer(losses, config.optimizer), config.train, runtime)

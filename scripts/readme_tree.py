@@ -29,7 +29,7 @@ def caption(file: Path) -> str:
     if file.suffix == ".py":
         text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
         return text.splitlines()[0].rstrip(".") if text else ""
-    lines = [line.lstrip("# ").rstrip() for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    lines = [s.lstrip("# ").rstrip() for s in file.read_text(encoding="utf-8").splitlines() if s.startswith("#")]
     text = " ".join(line for line in lines if not line.startswith("@package"))
     return re.split(r"(?<=[a-z\d%)])[.:](?:\s|$)", text)[0]
 
