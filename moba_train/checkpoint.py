@@ -2,7 +2,8 @@
 
 The protocol: all ranks write into ``.step_N.partial``; rank 0 then writes ``manifest.json`` with every file's size and
 SHA-256, flushes all to disk and renames the folder to ``step_N``. A folder with that name is therefore whole, and the
-newest one that verifies is the one to go on from; there is no pointer file to be wrong.
+newest one that verifies is the one to go on from; there is no pointer file to be wrong. An old one loses its name
+before its files. A kill at any point leaves at most ``.partial`` folders, which the next save removes.
 
     step_00000100/
       engine/…          DeepSpeed's own files: parameters, optimizer state
@@ -38,29 +39,61 @@ class CheckpointError(ValueError):
 
 
 def save(folder: Path, engine, state: dict[str, Any], keep: int, runtime: Runtime) -> Path:
-    """Commit a checkpoint of step ``state["step"]`` under ``folder``; keep the newest ``keep``. All ranks call it."""
-    name = f"step_{state['step']:08d}"
-    partial, final = folder / f".{name}.partial", folder / name
-    if final.exists():
-        return final
-    if runtime.is_main:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-    dist.barrier()
-    engine.save_checkpoint(str(partial), tag=_TAG, save_latest=False)
-    _write_json(partial / f"rank_{runtime.rank:05d}.json", _random_state())
-    dist.barrier()
-    if runtime.is_main:
-        _write_json(partial / "state.json", state)
-        _write_json(partial / "manifest.json", _manifest(partial))
-        _flush_tree(partial)
-        os.rename(partial, final)
-        _flush(folder)
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+    """Commit a checkpoint of step ``state["step"]`` under ``folder``; keep the newest ``keep``. All ranks call it.
+
+    Raises:
+        CheckpointError: it could not be written; the checkpoints before it stand.
+    """
+    final = folder / f"step_{state['step']:08d}"
+    partial = _partial(final)
+    try:
+        if runtime.is_main:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            for left in folder.glob(".step_*.partial"):
+                shutil.rmtree(left)
+            partial.mkdir()
+        dist.barrier()
+        engine.save_checkpoint(str(partial), tag=_TAG, save_latest=False)
+        _write_json(partial / f"rank_{runtime.rank:05d}.json", _random_state())
+        dist.barrier()
+        if runtime.is_main:
+            _write_json(partial / "state.json", state)
+            _write_json(partial / "manifest.json", _manifest(partial))
+            _flush_tree(partial)
+            _commit(partial, final, keep)
+        dist.barrier()
+    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+        why = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"checkpoint {final} could not be written ({why}): the ones before it stand; make room, or mend the disk, "
+            f"and go on with run.resume=auto"
+        ) from error
     return final
+
+
+def _commit(partial: Path, final: Path, keep: int) -> None:
+    """Give ``partial`` its name, then remove what is no longer kept."""
+    folder = final.parent
+    if final.exists():  # damaged: the run went on from an older one and came here again
+        _remove(final)
+    os.rename(partial, final)
+    _flush(folder)
+    committed = list_checkpoints(folder)
+    here = committed.index(final) + 1
+    # Those of later steps were damaged and passed over, like one of this very step.
+    for old in committed[: max(0, here - keep)] + committed[here:]:
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    nameless = _partial(path).with_suffix(".removed.partial")
+    os.rename(path, nameless)
+    shutil.rmtree(nameless)
+
+
+def _partial(final: Path) -> Path:
+    return final.with_name(f".{final.name}.partial")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -99,15 +132,17 @@ def verify(path: Path) -> None:
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
+        entries = [(path / name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path / 'manifest.json'} cannot be read ({error})") from None
-    for name, entry in manifest.items():
-        file = path / name
+    if path / "state.json" not in [file for file, _, _ in entries]:
+        raise CheckpointError(f"{path / 'manifest.json'} names no state.json: it is not one of a checkpoint")
+    for file, size, digest in entries:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
-        if file.stat().st_size != entry["bytes"]:
-            raise CheckpointError(f"{file} has {file.stat().st_size} bytes and its manifest says {entry['bytes']}")
-        if _sha256(file) != entry["sha256"]:
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{file} has {file.stat().st_size} bytes and its manifest says {size}")
+        if _sha256(file) != digest:
             raise CheckpointError(f"{file} does not match its SHA-256: it was changed after it was saved")
 
 

@@ -5,11 +5,13 @@ No parameter is added or renamed: a dense model's checkpoint loads unchanged and
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from moba_train import hf_attention
 from moba_train.config import ModelConfig, Precision
@@ -35,7 +37,7 @@ def model_configuration(model: ModelConfig) -> PretrainedConfig:
         kind = keywords.pop("model_type", None)
         if kind is None:
             raise ValueError("model.architecture has no model_type: add one, for example model_type: llama")
-        return AutoConfig.for_model(kind, **keywords)
+        return _new_configuration(kind, keywords)
     looks_local = model.path.startswith((".", "/", "~")) or model.path.count("/") != 1
     folder = Path(model.path).expanduser()
     if looks_local and not folder.is_dir():
@@ -44,7 +46,33 @@ def model_configuration(model: ModelConfig) -> PretrainedConfig:
         )
     if folder.is_dir() and model.gguf_file is None and not (folder / "config.json").is_file():
         raise ValueError(f"model.path={model.path} holds no config.json: give a Hugging Face model folder")
-    return AutoConfig.from_pretrained(_location(model), trust_remote_code=False, **_gguf(model))
+    try:
+        return AutoConfig.from_pretrained(_location(model), trust_remote_code=False, **_gguf(model))
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise ValueError(
+            f"model.path={model.path} cannot be loaded ({_one_line(error)}): give a Hugging Face model folder"
+        ) from None
+
+
+def _new_configuration(kind: str, keywords: dict[str, Any]) -> PretrainedConfig:
+    if kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(kind, list(CONFIG_MAPPING), n=3) or ["llama", "mistral", "qwen3"]
+        raise ValueError(f"model.architecture.model_type={kind} is unknown to transformers: try {' or '.join(near)}")
+    known = CONFIG_MAPPING[kind]()
+    # transformers would keep a mistyped keyword as one more attribute, and the default in its place.
+    for name in keywords:
+        if not hasattr(known, name):
+            near = difflib.get_close_matches(name, vars(known), n=1)
+            meant = f": did you mean {near[0]}?" if near else ": take it out"
+            raise ValueError(f"model.architecture.{name} is no setting of {kind}{meant}")
+    try:
+        return CONFIG_MAPPING[kind](**keywords)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ValueError(f"model.architecture is no {kind}: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def load_model(model: ModelConfig, precision: Precision) -> PreTrainedModel:

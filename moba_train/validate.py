@@ -6,11 +6,16 @@ model's or the tokenizer's files by ``preflight``.
 
 from __future__ import annotations
 
+import math
 import re
 
 from moba_train.config import Config, Precision, SourceConfig
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
+_LONGEST_NAME = 120  # file systems stop at 255 bytes, and a time or a hash is added to some
+_SEEDS = 2**63  # torch's generator takes no more
+_PORTS = 65535
+POINTS = ("start", "step")  # of evaluations that belong to no stage's end
 
 
 def validate(config: Config) -> None:
@@ -25,11 +30,20 @@ def validate(config: Config) -> None:
 
 
 def _names(config: Config) -> None:
-    name = config.run.name
-    if name is not None and not _NAME.fullmatch(name):
-        raise ValueError(
-            f"run.name={name!r}: use letters, digits and . _ - = , + only, and start with a letter or digit"
-        )
+    """Names that become folders or keys of a row."""
+    names = {"run.name": config.run.name, "run.label": config.run.label, "data.name": config.data.name}
+    names |= {f"schedule.stages[{index}].name": stage.name for index, stage in enumerate(config.schedule.stages)}
+    for key, name in names.items():
+        if name is not None and not (_NAME.fullmatch(name) and len(name) <= _LONGEST_NAME):
+            raise ValueError(
+                f"{key}={name!r}: use letters, digits and . _ - = , + only, start with a letter or digit, and stay "
+                f"within {_LONGEST_NAME} characters"
+            )
+    for index, stage in enumerate(config.schedule.stages):
+        if stage.name in POINTS:
+            raise ValueError(
+                f"schedule.stages[{index}].name={stage.name} is the name of an evaluation: choose another name"
+            )
 
 
 def _ranges(config: Config) -> None:
@@ -50,12 +64,15 @@ def _ranges(config: Config) -> None:
         "checkpoint.keep": (config.checkpoint.keep, 1),
         "launch.processes": (config.launch.processes, 1),
         "launch.threads": (config.launch.threads, 0),
+        "launch.port": (config.launch.port, 0),
         "data.threads": (config.data.threads, 0),
         "data.min_document_tokens": (config.data.min_document_tokens, 1),
         "optimizer.weight_decay": (config.optimizer.weight_decay, 0),
     }
+    if config.train.micro_batch_tokens is not None:
+        least["train.micro_batch_tokens"] = (config.train.micro_batch_tokens, 1)
     for key, (value, minimum) in least.items():
-        if not value >= minimum:  # NaN is refused too
+        if not minimum <= value < math.inf:  # NaN is refused too
             raise ValueError(f"{key}={value}: must be at least {minimum}")
     rate = config.schedule.learning_rate
     shares = {
@@ -63,19 +80,34 @@ def _ranges(config: Config) -> None:
         "schedule.learning_rate.warmup_share": rate.warmup_share,
         "schedule.learning_rate.decay_share": rate.decay_share,
         "schedule.learning_rate.final_ratio": rate.final_ratio,
-        "optimizer.beta1": config.optimizer.beta1,
-        "optimizer.beta2": config.optimizer.beta2,
     }
     for key, share in shares.items():
         if not 0 <= share <= 1:
             raise ValueError(f"{key}={share}: must be from 0 to 1")
+    for key, beta in (("beta1", config.optimizer.beta1), ("beta2", config.optimizer.beta2)):
+        if not 0 <= beta < 1:
+            raise ValueError(f"optimizer.{key}={beta}: must be from 0 to below 1")
+    for key, number in (
+        ("schedule.learning_rate.peak", rate.peak),
+        ("optimizer.eps", config.optimizer.eps),
+    ):
+        if not 0 < number < math.inf:
+            raise ValueError(f"{key}={number}: must be above 0")
+    for index, stage in enumerate(config.schedule.stages):
+        for end in ("start", "end"):
+            if (line := stage.learning_rate) is not None and not 0 <= getattr(line, end) < math.inf:
+                raise ValueError(
+                    f"schedule.stages[{index}].learning_rate.{end}={getattr(line, end)}: must be at least 0"
+                )
+    if config.run.seed >= _SEEDS:
+        raise ValueError(f"run.seed={config.run.seed}: must be below {_SEEDS}")
+    if config.launch.port > _PORTS:
+        raise ValueError(f"launch.port={config.launch.port}: must be at most {_PORTS}, or 0 for any free one")
     if rate.warmup_share + rate.decay_share > 1:
         raise ValueError(
             f"schedule.learning_rate.warmup_share={rate.warmup_share} and decay_share={rate.decay_share} are more "
             f"than the whole run: make their sum at most 1"
         )
-    if not rate.peak > 0:
-        raise ValueError(f"schedule.learning_rate.peak={rate.peak}: must be above 0")
     if config.train.zero_stage not in (0, 1, 2, 3):
         raise ValueError(f"train.zero_stage={config.train.zero_stage}: choose 0, 1, 2 or 3")
     if config.train.precision is Precision.bf16 and config.train.zero_stage == 0:

@@ -2,7 +2,8 @@
 
     python -m moba_train.worker --config RUN/resolved.yaml
 
-Exit codes: 0 done; 2 the configuration or the data cannot be used; 3 the loss was not finite; 1 anything else.
+Exit codes: 0 done; 2 the configuration, the data or a checkpoint cannot be used; 3 the loss or the gradient was not
+finite; 130 interrupted; 1 anything else, a full disk among it.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ def main() -> int:
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 3
+    except OSError as error:  # a full disk under metrics.jsonl or the export
+        print(f"error: {folder} cannot be written ({error}): make room, or mend the disk", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        code = 130
     finally:
         if run is not None and run.tracker is not None:
             run.tracker.close(failed=code != 0)

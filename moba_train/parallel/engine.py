@@ -60,16 +60,31 @@ def step_engine(engine, train: TrainConfig) -> float:
 
     Returns:
         The global gradient norm before clipping at the step's end, NaN before that.
+
+    Raises:
+        FloatingPointError: on all ranks, where the norm is not finite; nothing was updated.
     """
-    norm = math.nan
-    if engine.is_gradient_accumulation_boundary() and _clips_itself(train):
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return math.nan
+    if _clips_itself(train):
         limit = train.gradient_clipping or math.inf
         norm = float(nn.utils.clip_grad_norm_(engine.module.parameters(), limit))
+        _refuse_infinite(norm)
         engine.step()
-        return norm
-    boundary = engine.is_gradient_accumulation_boundary()
-    engine.step()
-    return float(engine.get_global_grad_norm()) if boundary else norm
+    else:
+        engine.step()  # skips the update itself where the norm is not finite
+        norm = float(engine.get_global_grad_norm())
+        _refuse_infinite(norm)
+    return norm
+
+
+def _refuse_infinite(norm: float) -> None:
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"the gradient norm is {norm} and the loss is finite: lower schedule.learning_rate.peak; "
+            f"run.resume=auto goes on from the last checkpoint"
+        )
 
 
 def _clips_itself(train: TrainConfig) -> bool:
