@@ -2,8 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# CPU machines take the pinned torch, whose default build would bring CUDA libraries of several GB elsewhere.
 READY := $(VENV)/.ready
+
+# Two test processes share two cores; OpenMP threads that spin while idle would take them from each other.
+export OMP_WAIT_POLICY := PASSIVE
+test test-distributed: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-distributed check format bench corpus assets wheel clean
@@ -16,7 +19,6 @@ setup: $(READY) ## create the environment in .venv
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
@@ -24,7 +26,7 @@ train: $(READY) ## the default recipe, from the embedded corpus to its report (5
 	$(BIN)/moba-train train
 
 test: $(READY) ## the CPU test suite (under 4 minutes on 2 cores)
-	$(BIN)/python -m pytest -n 2 -m 'not distributed and not gpu'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not distributed and not gpu'
 
 test-distributed: $(READY) ## the tests that start several processes
 	$(BIN)/python -m pytest -m distributed

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_tree_equals_the_disk(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import readme_tree
+
+    assert readme_tree.section() in README, f"run {Path(sys.executable).name} scripts/readme_tree.py"
+
+
+def test_every_python_file_has_a_caption(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import readme_tree
+
+    bare = [file for file in (ROOT / "moba_train").rglob("*.py") if not readme_tree.caption(file)]
+    assert not bare
+
+
+def test_make_targets_and_recipes_that_it_names_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"\bmake ([a-z-]+)", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for recipe in set(re.findall(r"experiment=([a-z0-9_]+)", README)) - {"mine"}:
+        assert (ROOT / f"configs/experiment/{recipe}.yaml").is_file(), recipe
+
+
+def test_pictures_exist() -> None:
+    for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
+        assert (ROOT / picture).is_file(), picture
