@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from moba_train import checkpoint, resolved
 from moba_train.attention.backends import BACKENDS
 from moba_train.config import Config, Resume
@@ -123,9 +121,7 @@ def open_folder(config: Config, folder: Path) -> None:
     Raises:
         ValueError: it cannot be written, or a setting holds a secret, which is not written to disk.
     """
-    content = resolved.to_yaml(config)
-    written = resolved.flatten(resolved.to_config(OmegaConf.create(content)))
-    if hidden := [key for key, value in resolved.flatten(config).items() if written.get(key) != value]:
+    if hidden := resolved.secrets(config):
         raise ValueError(
             f"{hidden[0]} holds a secret (by its name, or the value of an environment variable), and secrets are not "
             f"written to {resolved.FILE}: take it out of the settings, or rename the variable"
@@ -133,7 +129,7 @@ def open_folder(config: Config, folder: Path) -> None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         partial = folder / f".{resolved.FILE}.partial"
-        partial.write_text(content)
+        partial.write_text(resolved.to_yaml(config))
         os.replace(partial, folder / resolved.FILE)
     except OSError as error:
         raise _unwritable(folder, error.strerror) from None

@@ -70,6 +70,12 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(redact(OmegaConf.to_container(OmegaConf.structured(config)))))
 
 
+def secrets(config: Config) -> list[str]:
+    """Settings that ``to_yaml`` hides."""
+    written = _flatten(redact(OmegaConf.to_container(OmegaConf.structured(config))))
+    return [key for key, value in _flat(config).items() if isinstance(value, str) and written[key] != value]
+
+
 def load(path: Path) -> Config:
     """The configuration of a run directory's ``resolved.yaml``."""
     try:
@@ -83,7 +89,7 @@ def load(path: Path) -> Config:
 
 def differences(before: Config, after: Config) -> list[str]:
     """Settings that differ and would make the continued run another run, as ``key: before -> after``."""
-    old, new = (flatten(config) for config in (before, after))
+    old, new = (_flat(config) for config in (before, after))
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
@@ -91,7 +97,7 @@ def differences(before: Config, after: Config) -> list[str]:
     ]
 
 
-def flatten(config: Config) -> dict[str, Any]:
+def _flat(config: Config) -> dict[str, Any]:
     """Every setting by its dotted key."""
     return _flatten(OmegaConf.to_container(OmegaConf.structured(config)))
 
