@@ -27,13 +27,15 @@ class Precision(Enum):
 
 
 class SourceFormat(Enum):
-    """How the documents of a source are stored. ``hub`` is a dataset name on the Hugging Face hub."""
+    """How the documents of a source are stored. ``hub`` is a dataset on the Hugging Face hub, ``repository`` a folder
+    with a code repository in each of its folders or archives (.tar.gz, .zip, …), one document each."""
 
     text = "text"
     jsonl = "jsonl"
     parquet = "parquet"
     arrow = "arrow"
     hub = "hub"
+    repository = "repository"
 
 
 class Resume(Enum):
@@ -97,7 +99,8 @@ class AttentionConfig:
 
 @dataclass
 class SourceConfig:
-    """One source of documents. ``path`` is a file, folder or glob, or the dataset's name for ``hub``."""
+    """One source of documents. ``path`` is a file, folder or glob; for ``hub`` the dataset's name, with @revision to
+    pin it, or hf://datasets/OWNER/NAME/FILES, a glob of its JSONL or Parquet files."""
 
     name: str = "source"
     format: SourceFormat = SourceFormat.text
@@ -106,6 +109,11 @@ class SourceConfig:
     split: str = "train"  # a hub dataset's split
     text_field: str = "text"
     encoding: str = "utf-8"  # of text files
+    group_field: str | None = None  # records that follow each other with the same value here become one document
+    path_field: str = "path"  # of such records: what stands in their headers
+    file_header: str = "==> {path} <==\n"  # above each file of a repository, and each record of a group
+    file_suffixes: list[str] = field(default_factory=list)  # of a repository's files that are read; empty: all text
+    max_tokens: int | None = None  # the rest of the source is not read
 
 
 @dataclass

@@ -1,28 +1,28 @@
-"""Sources → documents. Local text, JSONL, Parquet and Arrow files, and hub datasets; bad records counted.
+"""Sources → documents: the files of a source, its records in order, and what becomes of them.
 
 A source's files are read in the order of their names, and each record is known by (file, row), so that an
-interrupted reader can go on where it stopped. A text file is one document; of the other formats, each record's
-``text_field``. Text and JSONL may be compressed (.gz, .xz, .zst).
+interrupted reader can go on where it stopped. A text file is one document, and so is a code repository; of the other
+formats, each record's ``text_field``, or all records of one ``group_field`` that follow each other.
 """
 
 from __future__ import annotations
 
 import glob
-import gzip
-import io
 import itertools
-import json
 import lzma
+import tarfile
+import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any
 
 import pyarrow
-import pyarrow.parquet
 
 from moba_train.config import SourceConfig, SourceFormat
+from moba_train.data import repositories
+from moba_train.data.formats import Record, read_arrow, read_hub, read_jsonl, read_parquet, read_text
 
 COMPRESSED = (".gz", ".xz", ".zst")
 # The files that a folder is searched for; a glob names others.
@@ -32,9 +32,16 @@ SUFFIXES = {
     SourceFormat.parquet: (".parquet",),
     SourceFormat.arrow: (".arrow",),
 }
-ROWS_AT_ONCE = 64  # of a Parquet file: long documents make big rows
+UNREADABLE = (
+    OSError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    pyarrow.ArrowException,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+)
 MOST_DROPPED = 0.001  # of a source's records
-
 
 # What becomes of a record that gives no document: the field of Tally that counts it, and how people read it.
 DROPPED = {
@@ -46,16 +53,6 @@ DROPPED = {
     "overlapping": "overlaps an evaluation",
     "other_split": "other split",
 }
-
-
-class Record(NamedTuple):
-    """One record of a source: its text, or the problem it has."""
-
-    file: int
-    row: int
-    text: str | None
-    problem: str = ""
-    share_read: float = 1.0  # of its file
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,13 @@ def find_files(source: SourceConfig) -> list[SourceFile]:
     if source.format is SourceFormat.hub:
         return []
     path = Path(source.path).expanduser()
-    if path.is_file():
+    if source.format is SourceFormat.repository:
+        base, found = repositories.find(path)
+        if not found:
+            raise ValueError(
+                f"{where} has no repository: neither a folder nor one of {', '.join(repositories.ARCHIVES)}"
+            )
+    elif path.is_file():
         base, found = path.parent, [path]
     elif path.is_dir():
         suffixes = SUFFIXES[source.format]
@@ -130,7 +133,8 @@ def find_files(source: SourceConfig) -> list[SourceFile]:
             raise ValueError(f"{where} matches no file; from {Path.cwd()}")
     else:
         raise ValueError(f"{where} does not exist; looked for {path.absolute()}")
-    files = [SourceFile(file, str(file.relative_to(base)), *_size_and_time(file)) for file in found if file.is_file()]
+    wanted = found if source.format is SourceFormat.repository else [file for file in found if file.is_file()]
+    files = [SourceFile(file, str(file.relative_to(base)), *_size_and_time(file)) for file in wanted]
     return sorted(files, key=lambda file: file.name)
 
 
@@ -141,8 +145,15 @@ def describe(source: SourceConfig, files: list[SourceFile]) -> dict[str, Any]:
         about |= {"path": source.path, "subset": source.subset, "split": source.split}
     if source.format is SourceFormat.text:
         about["encoding"] = source.encoding
+    elif source.format is SourceFormat.repository:
+        about |= {"file_header": source.file_header, "file_suffixes": list(source.file_suffixes)}
     else:
         about["text_field"] = source.text_field
+        if source.group_field:
+            about |= {"group_field": source.group_field, "path_field": source.path_field}
+            about["file_header"] = source.file_header
+    if source.max_tokens is not None:
+        about["max_tokens"] = source.max_tokens
     about["files"] = [[file.name, file.bytes, file.changed] for file in files]
     return about
 
@@ -162,26 +173,48 @@ def read_documents(source: SourceConfig) -> Iterator[dict[str, str]]:
 
 
 def read_records(source: SourceConfig, files: list[SourceFile], file: int = 0, row: int = 0) -> Iterator[Record]:
-    """Every record of the source, from row ``row`` of file ``file`` on."""
+    """Every record of the source, from row ``row`` of file ``file`` on. A record joined of several has its last row."""
     if source.format is SourceFormat.hub:
-        yield from _read_hub(source, row)
+        yield from _joined(source, read_hub(source, row))
         return
     read = {
-        SourceFormat.text: _read_text,
-        SourceFormat.jsonl: _read_jsonl,
-        SourceFormat.parquet: _read_parquet,
-        SourceFormat.arrow: _read_arrow,
+        SourceFormat.text: read_text,
+        SourceFormat.jsonl: read_jsonl,
+        SourceFormat.parquet: read_parquet,
+        SourceFormat.arrow: read_arrow,
+        SourceFormat.repository: repositories.read,
     }[source.format]
     for number in range(file, len(files)):
         path = files[number].path
+        first = row if number == file else 0
         try:
-            for record in read(source, path):
-                if number > file or record.row >= row:
-                    yield record._replace(file=number)
-        except (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
+            records = (record for record in read(source, path) if record.row >= first)
+            for record in _joined(source, records):
+                yield record._replace(file=number)
+        except UNREADABLE as error:
             raise ValueError(
                 f"source {source.name!r}: {path} cannot be read ({error}); replace it, or leave it out"
             ) from error
+
+
+def _joined(source: SourceConfig, records: Iterator[Record]) -> Iterator[Record]:
+    """Records of the same group that follow each other as one, each text under a header with its path."""
+    if not source.group_field:
+        yield from records
+        return
+    last: Record | None = None
+    texts: list[str] = []
+    for record in records:
+        if record.text is None:
+            yield record
+            continue
+        if last is not None and (record.group is None or record.group != last.group):
+            yield last._replace(text="".join(texts))
+            texts = []
+        texts.append(repositories.under_header(source, record.path, record.text))
+        last = record
+    if last is not None:
+        yield last._replace(text="".join(texts))
 
 
 def _plain_name(path: Path) -> str:
@@ -189,125 +222,7 @@ def _plain_name(path: Path) -> str:
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def _open(path: Path, raw: BinaryIO) -> BinaryIO:
-    if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-    if path.suffix == ".xz":
-        return cast(BinaryIO, lzma.LZMAFile(raw))
-    if path.suffix == ".zst":
-        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
-        return cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
-    return raw
-
-
-def _read_text(source: SourceConfig, path: Path) -> Iterator[Record]:
-    with path.open("rb") as raw:
-        content = _open(path, raw).read()
-    encoding = "utf-8-sig" if source.encoding.lower().replace("-", "") == "utf8" else source.encoding
-    try:
-        yield Record(0, 0, content.decode(encoding).replace("\r\n", "\n"))
-    except LookupError:
-        raise ValueError(f"source {source.name!r}: encoding {source.encoding!r} is unknown; try utf-8") from None
-    except UnicodeDecodeError as error:
-        fix = "set the source's encoding (latin-1?) or convert the file"
-        yield Record(0, 0, None, f"{path} is not {source.encoding} at byte {error.start}; {fix}")
-
-
-def _read_jsonl(source: SourceConfig, path: Path) -> Iterator[Record]:
-    size = max(1, path.stat().st_size)
-    with path.open("rb") as raw:
-        for row, line in enumerate(_open(path, raw)):
-            if row == 0:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            share = raw.tell() / size
-            where = f"{path} line {row + 1}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield Record(0, row, None, f"{where} is not JSON ({error})", share)
-                continue
-            if isinstance(record, dict) and source.text_field in record:
-                yield _text_record(row, record[source.text_field], where, share)
-            elif row == 0 and isinstance(record, dict):
-                raise _no_field(source, path, record)
-            else:
-                yield Record(0, row, None, f"{where} has no field {source.text_field!r}", share)
-
-
-def _read_parquet(source: SourceConfig, path: Path) -> Iterator[Record]:
-    with pyarrow.parquet.ParquetFile(path) as file:
-        if source.text_field not in file.schema_arrow.names:
-            raise _no_field(source, path, file.schema_arrow.names)
-        batches = file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[source.text_field])
-        yield from _read_columns((batch.column(0) for batch in batches), path, file.metadata.num_rows)
-
-
-def _read_arrow(source: SourceConfig, path: Path) -> Iterator[Record]:
-    with pyarrow.memory_map(str(path)) as stream:
-        try:
-            reader: Any = pyarrow.ipc.open_stream(stream)  # what `datasets` writes
-            batches: Iterable[Any] = reader
-        except pyarrow.ArrowInvalid:
-            stream.seek(0)
-            reader = pyarrow.ipc.open_file(stream)
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        if source.text_field not in reader.schema.names:
-            raise _no_field(source, path, reader.schema.names)
-        yield from _read_columns((batch.column(source.text_field) for batch in batches), path, 0)
-
-
-def _read_columns(columns: Iterable[Any], path: Path, rows: int) -> Iterator[Record]:
-    for row, value in enumerate(itertools.chain.from_iterable(columns)):
-        where = f"{path} row {row}"
-        share = row / rows if rows else 0.0
-        try:
-            yield _text_record(row, value.as_py(), where, share)
-        except UnicodeDecodeError as error:
-            yield Record(0, row, None, f"{where} is not UTF-8 ({error})", share)
-
-
-def _read_hub(source: SourceConfig, start: int) -> Iterator[Record]:
-    import datasets  # most sources do without its second of import
-
-    name, _, revision = source.path.partition("@")
-    try:
-        stream = datasets.load_dataset(
-            name, source.subset, split=source.split, revision=revision or None, streaming=True
-        )
-    except Exception as error:  # datasets, huggingface_hub, fsspec and the network: each has its own
-        first = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"source {source.name!r}: hub dataset {name!r} (subset {source.subset}, split {source.split}) "
-            f"cannot be opened: {first}"
-        ) from error
-    if stream.column_names is not None:
-        if source.text_field not in stream.column_names:
-            raise _no_field(source, name, stream.column_names)
-        stream = stream.select_columns([source.text_field])
-    for row, record in enumerate(stream.skip(start), start):
-        if source.text_field not in record:
-            raise _no_field(source, name, record)
-        yield _text_record(row, record[source.text_field], f"{name} record {row}", 0.0)
-
-
-def _text_record(row: int, text: Any, where: str, share: float) -> Record:
-    if not isinstance(text, str):
-        return Record(0, row, None, f"{where}: the text is {type(text).__name__}, not a string", share)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair
-        return Record(0, row, None, f"{where} is not Unicode text ({error.reason})", share)
-    return Record(0, row, text, share_read=share)
-
-
-def _no_field(source: SourceConfig, where: Path | str, fields: Iterable[str]) -> ValueError:
-    return ValueError(
-        f"source {source.name!r}: {where} has no field {source.text_field!r} but {', '.join(map(repr, fields))}; "
-        "set the source's text_field"
-    )
+    """Bytes, and the time of the last change in ns; of a folder, over all that is in it."""
+    within = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    statuses = [file.stat() for file in within]
+    return sum(status.st_size for status in statuses), max((status.st_mtime_ns for status in statuses), default=0)

@@ -51,6 +51,7 @@ class Split:
     name: str
     sources: list[tuple[SourceConfig, list[SourceFile]]]
     keeps: Callable[[float], bool]  # by a number from 0 to 1 that the text alone decides
+    of_train: bool = False  # held out by data.heldout_fraction
 
 
 class Origin(NamedTuple):
@@ -105,7 +106,7 @@ def plan(data: DataConfig, tokenizer: Tokenizer) -> tuple[list[Split], dict[str,
     if heldout:
         splits.insert(0, Split("heldout", heldout, lambda draw: True))
     elif fraction:
-        splits.insert(0, Split("heldout", train, lambda draw: draw < fraction))
+        splits.insert(0, Split("heldout", train, lambda draw: draw < fraction, of_train=True))
     about = {
         "format": FORMAT,
         "tokenizer": tokenizer.sha256,
@@ -158,8 +159,16 @@ def _build(
         writer.close_shard({"place": place, "tallies": [asdict(tally) for tally in tallies]})
 
     end = [np.array([tokenizer.eos_id], np.uint32)] if data.append_eos else []
+    fraction = data.heldout_fraction if split.of_train else 1.0
+
+    def enough(number: int) -> bool:
+        limit = split.sources[number][0].max_tokens
+        return limit is not None and tallies[number].tokens >= limit * fraction
+
     with _progress(split, progress) as advance:
-        for origin, parts in encode(_origins(split, place, overlap), tokenizer):
+        for origin, parts in encode(_origins(split, place, overlap, enough), tokenizer):
+            if enough(origin.source):
+                continue  # read ahead
             tokens = sum(map(len, parts))
             source, _ = split.sources[origin.source]
             fate = origin.fate
@@ -214,13 +223,17 @@ def _check(split: Split, tallies: list[Tally], min_tokens: int) -> None:
         )
 
 
-def _origins(split: Split, place: tuple[int, ...], overlap: Overlap | None) -> Iterator[tuple[Origin, str]]:
+def _origins(
+    split: Split, place: tuple[int, ...], overlap: Overlap | None, enough: Callable[[int], bool]
+) -> Iterator[tuple[Origin, str]]:
     """Every record from ``place`` on, with its text where it is a document of this split."""
     first, file, row = place
     for number in range(first, len(split.sources)):
         source, files = split.sources[number]
         here = (file, row) if number == first else (0, 0)
-        for record in read_records(source, files, *here):
+        for record in () if enough(number) else read_records(source, files, *here):
+            if enough(number):
+                break
             number_of_text = digest(record.text) if record.text else 0
             if record.text is None:
                 fate = "bad"

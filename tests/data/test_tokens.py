@@ -134,6 +134,19 @@ def test_heldout_sources_and_fraction(tmp_path: Path) -> None:
     assert len(prepared(data, "heldout")) == 1
 
 
+def test_no_more_than_max_tokens_of_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The document that reaches the limit is the last; others of the source are neither read nor counted."""
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 500)
+    first, second = jsonl(tmp_path / "a.jsonl", some_texts(200, longest=50)), jsonl(tmp_path / "b.jsonl", ["other"])
+    whole = prepared(config(tmp_path, first, second))
+    first.max_tokens = int(whole.lengths[:20].sum())
+    store = prepared(config(tmp_path, first, second))
+    assert store.lengths.tolist() == [*whole.lengths[:20], whole.lengths[-1]]
+    assert [source["records"] for source in store.manifest["sources"]] == [20, 1]
+    heldout = prepared(config(tmp_path, first, second, heldout_fraction=0.2), "heldout")
+    assert 0.2 * first.max_tokens <= heldout.tokens < 0.4 * first.max_tokens
+
+
 CHILD = """
 import os, signal, sys
 from moba_train.config import DataConfig, SourceConfig, SourceFormat

@@ -1,0 +1,174 @@
+"""How each format's records are read: text, JSONL, Parquet, Arrow, hub datasets. Text and JSONL may be compressed."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import pyarrow
+import pyarrow.parquet
+
+from moba_train.config import SourceConfig
+
+ROWS_AT_ONCE = 64  # of a Parquet file: long documents make big rows
+
+
+class Record(NamedTuple):
+    """One record of a source: its text, or the problem it has."""
+
+    file: int
+    row: int
+    text: str | None
+    problem: str = ""
+    share_read: float = 1.0  # of its file
+    group: str | None = None  # of the source's group_field, where it has one
+    path: str = ""  # of its path_field
+
+
+def open_compressed(path: Path, raw: BinaryIO) -> BinaryIO:
+    if path.suffix == ".gz":
+        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+    if path.suffix == ".xz":
+        return cast(BinaryIO, lzma.LZMAFile(raw))
+    if path.suffix == ".zst":
+        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
+        return cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
+    return raw
+
+
+def read_text(source: SourceConfig, path: Path) -> Iterator[Record]:
+    with path.open("rb") as raw:
+        content = open_compressed(path, raw).read()
+    encoding = "utf-8-sig" if source.encoding.lower().replace("-", "") == "utf8" else source.encoding
+    try:
+        yield Record(0, 0, content.decode(encoding).replace("\r\n", "\n"))
+    except LookupError:
+        raise ValueError(f"source {source.name!r}: encoding {source.encoding!r} is unknown; try utf-8") from None
+    except UnicodeDecodeError as error:
+        fix = "set the source's encoding (latin-1?) or convert the file"
+        yield Record(0, 0, None, f"{path} is not {source.encoding} at byte {error.start}; {fix}")
+
+
+def read_jsonl(source: SourceConfig, path: Path) -> Iterator[Record]:
+    size = max(1, path.stat().st_size)
+    with path.open("rb") as raw:
+        for row, line in enumerate(open_compressed(path, raw)):
+            if row == 0:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            share = raw.tell() / size
+            where = f"{path} line {row + 1}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield Record(0, row, None, f"{where} is not JSON ({error})", share)
+                continue
+            missing = [field for field in fields_of(source) if not isinstance(record, dict) or field not in record]
+            if not missing:
+                yield _text_record(row, [record[field] for field in fields_of(source)], where, share)
+            elif row == 0 and isinstance(record, dict):
+                raise _no_field(missing[0], source, path, record)
+            else:
+                yield Record(0, row, None, f"{where} has no field {missing[0]!r}", share)
+
+
+def read_parquet(source: SourceConfig, path: Path) -> Iterator[Record]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        _check_fields(source, path, file.schema_arrow.names)
+        batches = file.iter_batches(batch_size=ROWS_AT_ONCE, columns=fields_of(source))
+        yield from _read_batches(source, batches, path, file.metadata.num_rows)
+
+
+def read_arrow(source: SourceConfig, path: Path) -> Iterator[Record]:
+    with pyarrow.memory_map(str(path)) as stream:
+        try:
+            reader: Any = pyarrow.ipc.open_stream(stream)  # what `datasets` writes
+            batches: Iterable[Any] = reader
+        except pyarrow.ArrowInvalid:
+            stream.seek(0)
+            reader = pyarrow.ipc.open_file(stream)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        _check_fields(source, path, reader.schema.names)
+        yield from _read_batches(source, batches, path, 0)
+
+
+def _read_batches(source: SourceConfig, batches: Iterable[Any], path: Path, rows: int) -> Iterator[Record]:
+    """``rows`` of the file; 0 where that is not known."""
+    fields = fields_of(source)
+    records = (values for batch in batches for values in zip(*(batch.column(field) for field in fields), strict=True))
+    for row, values in enumerate(records):
+        where = f"{path} row {row}"
+        share = row / rows if rows else 0.0
+        try:
+            yield _text_record(row, [value.as_py() for value in values], where, share)
+        except UnicodeDecodeError as error:
+            yield Record(0, row, None, f"{where} is not UTF-8 ({error})", share)
+
+
+def read_hub(source: SourceConfig, start: int) -> Iterator[Record]:
+    """The records of a dataset on the hub, from number ``start`` on; or of files there, named hf://datasets/…"""
+    import datasets  # most sources do without its second of import
+
+    name, arguments = hub_arguments(source)
+    try:
+        stream = datasets.load_dataset(**arguments, streaming=True)
+    except Exception as error:  # datasets, huggingface_hub, fsspec and the network: each has its own
+        first = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"source {source.name!r}: hub dataset {name!r} (subset {source.subset}, split {source.split}) "
+            f"cannot be opened: {first}"
+        ) from error
+    if stream.column_names is not None:
+        _check_fields(source, name, stream.column_names)
+        stream = stream.select_columns(fields_of(source))
+    for row, record in enumerate(stream.skip(start), start):
+        _check_fields(source, name, record)
+        yield _text_record(row, [record[field] for field in fields_of(source)], f"{name} record {row}", 0.0)
+
+
+def hub_arguments(source: SourceConfig) -> tuple[str, dict[str, Any]]:
+    """The dataset's name, and how ``datasets.load_dataset`` is to be called for it."""
+    if source.path.startswith("hf://"):  # data sets whose repository holds a script, or more than is wanted
+        builder = "parquet" if source.path.endswith(".parquet") else "json"
+        return source.path, {"path": builder, "data_files": {source.split: source.path}, "split": source.split}
+    name, _, revision = source.path.partition("@")
+    return name, {"path": name, "name": source.subset, "split": source.split, "revision": revision or None}
+
+
+def fields_of(source: SourceConfig) -> list[str]:
+    """The fields to read, the text's first."""
+    fields = (source.text_field, source.group_field, source.path_field if source.group_field else None)
+    return [field for field in fields if field]
+
+
+def _text_record(row: int, values: list[Any], where: str, share: float) -> Record:
+    """``values`` of `fields_of`, in its order."""
+    text, group, path = [*values, None, None][:3]
+    if not isinstance(text, str):
+        return Record(0, row, None, f"{where}: the text is {type(text).__name__}, not a string", share)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair
+        return Record(0, row, None, f"{where} is not Unicode text ({error.reason})", share)
+    return Record(0, row, text, "", share, None if group is None else str(group), str(path or ""))
+
+
+def _check_fields(source: SourceConfig, where: Path | str, there: Iterable[str]) -> None:
+    there = list(there)
+    for field in fields_of(source):
+        if field not in there:
+            raise _no_field(field, source, where, there)
+
+
+def _no_field(field: str, source: SourceConfig, where: Path | str, fields: Iterable[str]) -> ValueError:
+    setting = "text_field" if field == source.text_field else "group_field and path_field"
+    return ValueError(
+        f"source {source.name!r}: {where} has no field {field!r} but {', '.join(map(repr, fields))}; "
+        f"set the source's {setting}"
+    )
