@@ -315,8 +315,8 @@ def key_value_kernel(
                 store_rows(p_partial, o_partial * D, b_d_query, o_entry >= 0, D, BLOCK_D)
             o_query = o_ahead
     o_lse = i_kv.to(tl.int64) * W
-    # Loaded again: knowing that this loop runs at least once, ptxas (13.0, G = 1) moves the sums between registers on the
-    # way into it and then waits for every single product of both loops.
+    # Loaded again: knowing that this loop runs at least once, ptxas (seen with G = 1) moves the sums between registers
+    # on the way into it, and then waits for every single product of both loops.
     n_row_stop = tl.load(p_bounds + i_block + 1) * G
     for n_row in range(n_key * G, n_row_stop, BLOCK_M):
         o_row = n_row + tl.arange(0, BLOCK_M)
