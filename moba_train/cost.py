@@ -118,7 +118,8 @@ class DecoderShape:
     def from_config(cls, config: Any) -> DecoderShape:
         """Of a Hugging Face configuration object.
 
-        :raises ValueError: a configuration without the sizes of a Llama-shaped decoder, or with experts
+        Raises:
+            ValueError: a configuration without the sizes of a Llama-shaped decoder, or with experts
         """
         kind = getattr(config, "model_type", type(config).__name__)
         if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
@@ -184,11 +185,14 @@ def step_cost(
 ) -> StepCost:
     """Cost of one forward and backward pass over packed segments.
 
-    :param plan: one specification a layer
-    :param lengths: tokens of each segment, padding among them where it is computed; empty segments count nothing
-    :param activation_checkpointing: every layer's forward pass, gate included, is computed once more
-    :param tiled_loss: the loss computes its logits once more in the backward pass
-    :raises ValueError: the plan is not as long as the model is deep
+    Args:
+        plan: one specification a layer
+        lengths: tokens of each segment, padding among them where it is computed; empty segments count nothing
+        activation_checkpointing: every layer's forward pass, gate included, is computed once more
+        tiled_loss: the loss computes its logits once more in the backward pass
+
+    Raises:
+        ValueError: the plan is not as long as the model is deep
     """
     if len(plan) != shape.layers:
         raise ValueError(f"a plan of {len(plan)} layers for a model of {shape.layers}; give one specification a layer")

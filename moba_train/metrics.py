@@ -29,10 +29,13 @@ class PositionLoss:
     the context, always that many, and only in segments that fill the context, so that each of its tokens had the
     whole context before it (MoBA, section 3.1: "trailing loss").
 
-    :param context_length: tokens of a row, the longest a segment can be
-    :param bin_size: positions a bin holds
-    :param device: where the losses are; adding waits for nothing on it
-    :raises ValueError: a size below 1
+    Args:
+        context_length: tokens of a row, the longest a segment can be
+        bin_size: positions a bin holds
+        device: where the losses are; adding waits for nothing on it
+
+    Raises:
+        ValueError: a size below 1
     """
 
     def __init__(self, context_length: int, bin_size: int, device: torch.device | str = "cpu") -> None:
@@ -49,10 +52,11 @@ class PositionLoss:
     def add(self, losses: Tensor, positions: Tensor, valid: Tensor, fills: Tensor) -> None:
         """Count one micro-batch. All are (T,) on the device, one entry a predicted token.
 
-        :param losses: next-token loss in nats, fp32; what stands where ``valid`` is false is ignored, NaN too
-        :param positions: the target's position in its segment, integer, in [0, context_length) where valid
-        :param valid: bool; false at padding and where the next token belongs to another segment
-        :param fills: bool; the token's segment fills the whole context
+        Args:
+            losses: next-token loss in nats, fp32; what stands where ``valid`` is false is ignored, NaN too
+            positions: the target's position in its segment, integer, in [0, context_length) where valid
+            valid: bool; false at padding and where the next token belongs to another segment
+            fills: bool; the token's segment fills the whole context
         """
         losses = torch.where(valid, losses.detach(), 0).to(torch.float64)
         positions = torch.where(valid, positions, 0)
@@ -97,9 +101,10 @@ class Throughput:
     The clock runs from one ``step`` to the next and stands still inside ``pause`` (evaluation, checkpoints). On an
     accelerator the host must have waited for the step's result (reading its loss does) before ``step`` is called.
 
-    :param peak_flops: of all devices together, FLOP/s; None leaves utilisation out
-    :param window: steps the rates are taken over
-    :param clock: seconds, monotonic
+    Args:
+        peak_flops: of all devices together, FLOP/s; None leaves utilisation out
+        window: steps the rates are taken over
+        clock: seconds, monotonic
     """
 
     def __init__(

@@ -30,11 +30,12 @@ FINISH_SECONDS = 30  # for the last uploads; the default waits for ever
 class Tracker:
     """Writes each row to ``<run_dir>/metrics.jsonl`` and to W&B. Made by rank 0 alone.
 
-    :param run_dir: exists and can be written; W&B keeps its files and the run's id in ``<run_dir>/wandb``
-    :param config: W&B's mode and labels
-    :param resolved: the run's whole configuration, uploaded after ``redact``
-    :param first_step: steps already done. Later rows in metrics.jsonl are cut off, since those steps are done again;
-        0 is a new start and keeps none
+    Args:
+        run_dir: exists and can be written; W&B keeps its files and the run's id in ``<run_dir>/wandb``
+        config: W&B's mode and labels
+        resolved: the run's whole configuration, uploaded after ``redact``
+        first_step: steps already done. Later rows in metrics.jsonl are cut off, since those steps are done again; 0
+            is a new start and keeps none
     """
 
     def __init__(self, run_dir: Path, config: WandbConfig, resolved: dict[str, Any], first_step: int = 0) -> None:
@@ -48,7 +49,8 @@ class Tracker:
     def log(self, row: dict[str, Any], step: int) -> None:
         """Add one row. ``step`` joins it; a number that is not finite becomes null in the file, as JSON has none.
 
-        :raises OSError: metrics.jsonl cannot be written; W&B's failures only warn
+        Raises:
+            OSError: metrics.jsonl cannot be written; W&B's failures only warn
         """
         row = {"step": step, **row}
         self._file.write(json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n")
@@ -167,9 +169,10 @@ class _WandbThread:
 def format_progress(row: dict[str, Any], total_tokens: int, eta: float | None) -> str:
     """A row as one line for the console; what the row does not have is left out.
 
-    :param row: a row with ``step`` and ``tokens``
-    :param total_tokens: of the whole run
-    :param eta: seconds left, None while unknown
+    Args:
+        row: a row with ``step`` and ``tokens``
+        total_tokens: of the whole run
+        eta: seconds left, None while unknown
     """
     done = f"{format_amount(row['tokens'])}/{format_amount(total_tokens)} tokens ({row['tokens'] / total_tokens:.0%})"
     parts = [f"step {row['step']}", done]

@@ -21,10 +21,15 @@ PAGE = "index.html"
 def build(paths: Path | Sequence[Path], out: Path | None = None) -> Path:
     """Write the report of a run, of a multirun directory, or of several of either.
 
-    :param paths: run directories (resolved.yaml, metrics.jsonl, result.json once finished) or their parents
-    :param out: directory for the page and the PNG files; ``report/`` in the only path where not given
-    :returns: the page, ``<out>/index.html``
-    :raises ValueError: a path without runs, no step and no evaluation logged yet, or several paths without ``out``
+    Args:
+        paths: run directories (resolved.yaml, metrics.jsonl, result.json once finished) or their parents
+        out: directory for the page and the PNG files; ``report/`` in the only path where not given
+
+    Returns:
+        the page, ``<out>/index.html``
+
+    Raises:
+        ValueError: a path without runs, no step and no evaluation logged yet, or several paths without ``out``
     """
     paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
     if out is None and len(paths) != 1:

@@ -96,8 +96,9 @@ class Tile:
 def html(title: str, status: str, lead: str, tiles: Sequence[Tile], sections: Sequence[Section], settings: str) -> str:
     """The whole page. Every argument is plain text and is escaped here.
 
-    :param status: of the run, shown beside the title; empty for none, ``unfinished`` and ``failed`` stand out
-    :param settings: the configuration as YAML, folded away at the end; empty for none
+    Args:
+        status: of the run, shown beside the title; empty for none, ``unfinished`` and ``failed`` stand out
+        settings: the configuration as YAML, folded away at the end; empty for none
     """
     parts = [
         "<!doctype html>",

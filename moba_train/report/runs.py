@@ -176,7 +176,8 @@ class Run:
 def read_runs(paths: list[Path]) -> list[Run]:
     """Every run at or directly below ``paths``; a multirun's in the order of their numbers.
 
-    :raises ValueError: a path that does not exist or holds no run
+    Raises:
+        ValueError: a path that does not exist or holds no run
     """
     runs = []
     for path in paths:
