@@ -91,12 +91,6 @@ def sparsity(block_size: int, top_k: int, length: int) -> float:
     return max(0.0, 1.0 - top_k * block_size / length)
 
 
-def plan_sparsity(plan: Sequence[LayerPlan], length: int) -> float:
-    """Mean sparsity over the layers at one context length; a full layer's is 0."""
-    sizes = [_moba_sizes(spec) for spec in plan]
-    return sum(sparsity(*pair, length) for pair in sizes if pair) / len(plan)
-
-
 @dataclass(frozen=True)
 class DecoderShape:
     """The sizes of a Llama-shaped causal LM (Llama, Mistral, Qwen2, Qwen3 …) that its cost follows from."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from moba_train.attention.spec import AttentionSpec, sparsity
+from moba_train.attention.spec import AttentionSpec
 from moba_train.config import (
     AttentionKind,
     Config,
@@ -20,6 +20,7 @@ from moba_train.config import (
     StageConfig,
     StageLearningRateConfig,
 )
+from moba_train.cost import sparsity
 
 
 @dataclass(frozen=True)

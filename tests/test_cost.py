@@ -19,7 +19,6 @@ from moba_train.cost import (
     full_keys,
     gate_scores,
     moba_keys,
-    plan_sparsity,
     sparsity,
     step_cost,
 )
@@ -78,11 +77,6 @@ def test_limits_of_moba():
 )
 def test_sparsity_as_the_paper_gives_it(block_size, top_k, length, expected):
     assert sparsity(block_size, top_k, length) == expected
-
-
-def test_sparsity_of_a_mixed_plan():
-    assert plan_sparsity([Spec(), Spec("moba", 512, 3)], 32768) == 0.953125 / 2
-    assert plan_sparsity([Spec()], 32768) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from moba_train.attention.backends import BACKENDS, resolve
-from moba_train.attention.spec import AttentionSpec, check_bounds, check_inputs, sparsity
+from moba_train.attention.spec import AttentionSpec, check_bounds, check_inputs
 
-__all__ = ["BACKENDS", "AttentionSpec", "full_attention", "moba_attention", "resolve", "sparsity"]
+__all__ = ["BACKENDS", "AttentionSpec", "full_attention", "moba_attention", "resolve"]
 
 
 def moba_attention(

@@ -48,11 +48,6 @@ class AttentionSpec:
         return self.block_size, self.top_k
 
 
-def sparsity(block_size: int, top_k: int, length: int) -> float:
-    """Share of a full context of ``length`` tokens that its last query does not read, 0 where MoBA is simply dense."""
-    return max(0.0, 1.0 - top_k * block_size / length)
-
-
 def check_inputs(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> None:
     """Refuse tensors whose shapes, types or devices do not fit together. Reads no tensor's values.
 

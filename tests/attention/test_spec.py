@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moba_train.attention import AttentionSpec, full_attention, moba_attention, sparsity
+from moba_train.attention import AttentionSpec, full_attention, moba_attention
 
 GOOD = {"query": torch.zeros(6, 4, 8), "key": torch.zeros(6, 2, 8), "value": torch.zeros(6, 2, 8)}
 
@@ -58,8 +58,3 @@ def test_without_bounds_all_tokens_are_one_segment():
     query, key = torch.randn(20, 4, 8), torch.randn(20, 2, 8)
     one = moba_attention(query, key, key, block_size=4, top_k=2, cu_seqlens=torch.tensor([0, 20], dtype=torch.int32))
     assert torch.equal(moba_attention(query, key, key, block_size=4, top_k=2), one)
-
-
-def test_sparsity_is_the_share_not_read():
-    assert sparsity(512, 3, 32768) == pytest.approx(0.953125)
-    assert sparsity(512, 16, 4096) == 0.0
