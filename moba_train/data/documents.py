@@ -3,6 +3,19 @@
 A source's files are read in the order of their names, and each record is known by (file, row), so that an
 interrupted reader can go on where it stopped. A text file is one document, and so is a code repository; of the other
 formats, each record's ``text_field``, or all records of one ``group_field`` that follow each other.
+
+What input that is not as it should be leads to:
+
+    empty file or text             no document; counted as empty (an empty stream of JSONL: no record)
+    bad UTF-8, half a surrogate,   the record is dropped and counted as bad; above 0.1 % of a source's records the
+    no JSON, no text, no string    preparation stops with the first one's place and fault
+    no such field at all           stops, naming the fields there are
+    unreadable or truncated file   stops, naming the file
+    byte order mark, CR LF         the mark is dropped, CR LF of text files and repositories becomes LF
+    NUL                            kept: a character like others (a file of a repository with one counts as binary)
+    a token id >= the vocabulary   stops (store.py)
+    too few documents              stops: no document in a split, or none for a mix (mix.py)
+    files that change              stops while they are read; later another store is made, and says what changed
 """
 
 from __future__ import annotations

@@ -120,6 +120,8 @@ def read_hub(source: SourceConfig, start: int) -> Iterator[Record]:
         stream = datasets.load_dataset(**arguments, streaming=True)
     except Exception as error:  # datasets, huggingface_hub, fsspec and the network: each has its own
         first = str(error).strip().partition("\n")[0]
+        if "zstd" in first:
+            first += "; pip install zstandard"
         raise ValueError(
             f"source {source.name!r}: hub dataset {name!r} (subset {source.subset}, split {source.split}) "
             f"cannot be opened: {first}"

@@ -131,6 +131,34 @@ def test_a_bad_record_is_dropped_and_more_than_a_thousandth_stop(tmp_path: Path,
     assert problem in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_bad_utf8_in_columns(tmp_path: Path, kind: str) -> None:
+    """One such record in 2,000 is dropped, three are too many."""
+    for bad, outcome in ((1, None), (3, "3 of 2000 records are bad")):
+        raw = pa.array([b"good"] * (2000 - bad) + [b"\xff\xfe"] * bad)
+        table = pa.table({"text": pa.StringArray.from_buffers(len(raw), *raw.buffers()[1:])})  # unchecked
+        path = tmp_path / f"a.{kind}"
+        if kind == "parquet":
+            pq.write_table(table, path)
+        else:
+            write_arrow(path, table, stream=True)
+        if outcome is None:
+            assert texts(source(path, kind)) == ["good"] * 1999
+        else:
+            with pytest.raises(ValueError, match=rf"{outcome}.*row 1997 is not UTF-8"):
+                texts(source(path, kind))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.gz", "a.jsonl.zst"])
+def test_an_empty_file_gives_no_document(tmp_path: Path, name: str) -> None:
+    empty = {".gz": gzip.compress, ".zst": zstd}.get(Path(name).suffix, bytes)(b"")
+    (tmp_path / name).write_bytes(empty)
+    config = source(tmp_path / name, name.split(".")[1].replace("txt", "text"))
+    assert texts(config) == []
+    records = list(read_records(config, find_files(config)))
+    assert [record.text for record in records] == ([""] if "txt" in name else [])
+
+
 def test_many_bad_records_stop_early(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "good"}] + [{"text": 1}] * 5000)
     with pytest.raises(ValueError, match=r"11 of 12 records are bad"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,3 +146,18 @@ def test_bad_input(store: TokenStore) -> None:
         RowLoader(store, 64, 4).next_step(3)
     with pytest.raises(ValueError, match=r"no held-out document reaches the context length 512: the longest has 29\d"):
         heldout_batches(store, 512, 4)
+
+
+def test_documents_about_as_long_as_a_row(tmp_path: Path) -> None:
+    """One token, a row less one, a row, a row and one, a hundred rows: cut and packed, none lost."""
+    row = 50
+    writer = StoreWriter(tmp_path / "store", vocab_size=1 << 20, shard_bytes=1 << 30)
+    lengths = [1, row - 1, row, row + 1, 100 * row]
+    for first, length in zip(np.cumsum([1, *lengths[:-1]]), lengths, strict=True):
+        writer.add([np.arange(first, first + length, dtype=np.uint32)], source=0)
+    writer.close_shard({})
+    writer.finish({"eos_id": EOS, "sources": [{"name": "numbers"}]})
+    loader = RowLoader(TokenStore.open(tmp_path / "store"), row, rows_per_step=1)
+    assert (len(loader.mix.rows), loader.mix.rows.full_rows) == (104, 102)  # 49 + 1, and 1, go with each other
+    seen = np.concatenate([loader.next_step(1)[0].input_ids.flatten() for _ in range(104)])
+    assert np.sort(seen[seen != EOS]).tolist() == list(range(1, sum(lengths) + 1))

@@ -1,0 +1,135 @@
+"""The ready data configs, as they stand, on small local files of the schemas that the data sets have on the hub."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hydra import compose, initialize_config_dir
+
+from moba_train import embedded, resolved
+from moba_train.commands.compose import register
+from moba_train.config import Config, SourceFormat
+from moba_train.data.mix import build_mix
+from moba_train.data.store import TokenStore
+from moba_train.data.tokens import prepare_store
+
+TOKENIZER = str(embedded.folder("data") / "tokenizer" / "tokenizer.json")
+PUBLIC = sorted(
+    path.stem for path in (embedded.folder("configs") / "data").glob("*.yaml") if path.stem not in ("books", "none")
+)
+CONTEXT = 64
+# The columns of each data set besides its text, from its card.
+SCHEMAS = {
+    "emozilla/pg19": ["short_book_title", "publication_date", "url"],
+    "HuggingFaceFW/fineweb-edu": ["id", "dump", "url", "date", "file_path", "language", "score"],
+    "HuggingFaceFW/fineweb": ["id", "dump", "url", "date", "file_path", "language"],
+    "mlfoundations/dclm-baseline-1.0-parquet": [
+        "bff_contained_ngram_count_before_dedupe",
+        "language_id_whole_page",
+        "url",
+    ],
+    "wikimedia/wikipedia": ["id", "url", "title"],
+    "open-web-math/open-web-math": ["url", "date", "metadata"],
+    "hf://datasets/EleutherAI/proof-pile-2/arxiv/train/*.jsonl.zst": ["meta"],
+    "hf://datasets/EleutherAI/proof-pile-2/arxiv/validation/*.jsonl.zst": ["meta"],
+    "hf://datasets/allenai/dolma3_longmino_mix-50B-1025/**/*.jsonl.zst": ["id", "metadata", "source"],
+}
+draw = random.Random(0)
+serial = itertools.count()
+
+
+def some_texts(count: int) -> list[str]:
+    """No two alike, from a few words to several rows."""
+    return [
+        f"number {next(serial)} " + " ".join(draw.choices(["sea", "whale", "salt"], k=draw.randint(3, 200)))
+        for _ in range(count)
+    ]
+
+
+def load_locally(folder: Path) -> Callable[..., Any]:
+    """`datasets.load_dataset` for the data sets above, each from local files made on the spot."""
+    load = datasets.load_dataset
+
+    def loaded(
+        path: str, name: str | None = None, *, split: str, data_files: dict[str, str] | None = None, **more: Any
+    ):
+        place = folder / str(next(serial))
+        place.mkdir()
+        known = SCHEMAS[data_files[split] if data_files else path]
+        rows = [{"text": text} | {column: f"{column} of it" for column in known} for text in some_texts(60)]
+        if data_files:
+            assert (path, name) == ("json", None)
+            file = place / "a.jsonl.zst"
+            file.write_bytes(
+                pa.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), "zstd", asbytes=True)
+            )
+            return load("json", data_files={split: str(file)}, split=split, streaming=True)
+        pq.write_table(pa.Table.from_pylist(rows), place / f"{split}.parquet")
+        files = f"  data_files:\n  - split: {split}\n    path: {split}.parquet\n"
+        (place / "README.md").write_text(f"---\nconfigs:\n- config_name: {name or 'default'}\n{files}---\n")
+        return load(str(place), name, split=split, streaming=True)
+
+    return loaded
+
+
+def composed(name: str) -> Config:
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(embedded.folder("configs"))):
+        return resolved.to_config(compose("train", overrides=[f"data={name}"]))
+
+
+def write_code(folder: Path) -> None:
+    """What stack_repositories and code_repositories ask for."""
+    rows = [
+        {"max_stars_repo_name": f"owner/{repo}", "max_stars_repo_path": f"{file}.py", "content": text}
+        for repo in range(30)
+        for file, text in zip("ab", some_texts(2), strict=True)
+    ]
+    (folder / "data/fetched/stack").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "data/fetched/stack/data_0.parquet")
+    for row in rows:
+        file = folder / "data/repositories" / row["max_stars_repo_name"].replace("/", "-") / row["max_stars_repo_path"]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(row["content"])
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_ready_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_code(tmp_path)
+    config = composed(name)
+    if any(source.path.endswith(".zst") for source in config.data.train):
+        pytest.importorskip("zstandard", reason="datasets reads .zst with it")
+    monkeypatch.setattr(datasets, "load_dataset", load_locally(tmp_path))
+    assert config.data.name == name
+    if config.data.heldout_fraction:
+        config.data.heldout_fraction = 0.2  # of so few documents
+    stores = prepare_store(config.data, TOKENIZER, progress=False)
+    store, heldout = (TokenStore.open(stores / split) for split in ("train", "heldout"))
+    by_source = {source["name"]: source for source in store.manifest["sources"]}
+    assert set(by_source) == {source.name for source in config.data.train}
+    assert all(source["documents"] >= 15 and not source["bad"] for source in by_source.values())
+    assert len(heldout) > 0
+    mix = build_mix(store, CONTEXT, 0, config.data.mix)
+    if config.data.mix.full_rows is not None:
+        assert mix.full_share == pytest.approx(config.data.mix.full_rows, abs=1e-6)
+    for source in config.data.train:
+        if source.group_field or source.format is SourceFormat.repository:
+            assert by_source[source.name]["records"] == 30  # repositories, of 60 files
+
+
+def test_every_config_says_licence_and_place() -> None:
+    for name in PUBLIC:
+        text = (embedded.folder("configs") / "data" / f"{name}.yaml").read_text()
+        assert text.startswith("# ")
+        if name != "code_repositories":
+            assert any(word in text for word in ("huggingface.co/datasets", "arXiv:"))
