@@ -90,7 +90,9 @@ class Judge:
         start, stop = int(self.blocks.bounds[block]), int(self.blocks.bounds[block + 1])
         keys = torch.linspace(start, stop - 1, KEYS, device=self.first.device).long()
         key, value = self.at["key"][keys, kv_head].float(), self.at["value"][keys, kv_head].float()
-        reads = (self.choices[kv_head].int() + self.first[:, None, None] == block).any(-1)  # (T, G)
+        choices = self.choices[kv_head]
+        named = choices != torch.iinfo(choices.dtype).max
+        reads = (named & (choices.int() + self.first[:, None, None] == block)).any(-1)  # (T, G)
         reads |= (self.blocks.of_token == block)[:, None]
         token, member = reads.nonzero(as_tuple=True)
         head = kv_head * self.group + member
