@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from moba_train import hf_attention
 from moba_train.config import ModelConfig, Precision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
@@ -80,6 +82,11 @@ def load_model(model: ModelConfig, precision: Precision) -> PreTrainedModel:
 
     A new model's weights come from torch's global generator, so seed it before.
     """
+    # transformers' modelling code takes two seconds to import, and preflight reads configurations alone.
+    from transformers import AutoModelForCausalLM
+
+    from moba_train import hf_attention
+
     hf_attention.register()
     keywords: dict[str, Any] = {"dtype": DTYPES[precision], "attn_implementation": hf_attention.NAME}
     if model.path is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moba_train.config import Config, StageConfig
@@ -40,20 +40,19 @@ def to_config(composed: DictConfig) -> Config:
     try:
         # As plain values: a key that Hydra's "+key=" added past the schema would be dropped in silence.
         plain = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
-        stages = OmegaConf.select(plain, "schedule.stages") or []
-        merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
-        merged.schedule.stages = [_stage(index, stage) for index, stage in enumerate(stages)]
-        config = OmegaConf.to_object(merged)
+        for index, stage in enumerate(OmegaConf.select(plain, "schedule.stages") or []):
+            _check_stage(index, stage)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     except OmegaConfBaseException as error:
         raise ValueError(describe(error)) from None
     assert isinstance(config, Config)
     return config
 
 
-def _stage(index: int, stage: Any) -> DictConfig | ListConfig:
+def _check_stage(index: int, stage: Any) -> None:
     # OmegaConf's own message of a fault inside a list leaves out where in the list it is.
     try:
-        return OmegaConf.merge(OmegaConf.structured(StageConfig), stage)
+        OmegaConf.merge(OmegaConf.structured(StageConfig), stage)
     except OmegaConfBaseException as error:
         raise ValueError(f"schedule.stages[{index}]: {describe(error)}") from None
 

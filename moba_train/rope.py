@@ -7,12 +7,14 @@ the model's dtype is: bf16 frequencies shift positions beyond a few thousand tok
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from moba_train.config import RopeConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Keys that belong to one rope_type and would be refused, or wrongly used, by another.
 _TYPE_BOUND = {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale"}

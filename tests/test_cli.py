@@ -1,0 +1,217 @@
+"""Bad input at the command line: one line with what, which value and the fix; soon, and before anything is written."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moba_train import cli, resolved
+from moba_train.parallel import launch
+
+STAGES = "schedule.stages=[{name: short, tokens: 2048, context_length: 128}]"
+
+
+@pytest.fixture
+def settings(tiny_corpus: Path, tmp_path: Path) -> list[str]:
+    """Overrides of a run that would start: the tiny corpus, a Llama of two layers, a new store and run directory."""
+    architecture = "{model_type: llama, vocab_size: 300, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2}"
+    return [
+        "model=books_tiny",
+        *("model.name=tiny", f"model.tokenizer={tiny_corpus}/tokenizer.json", f"model.architecture={architecture}"),
+        *("model.architecture.num_attention_heads=4", "model.architecture.num_key_value_heads=2"),
+        f"data.train=[{{name: train, path: {tiny_corpus}/train}}]",
+        f"data.heldout=[{{name: heldout, path: {tiny_corpus}/heldout}}]",
+        *(f"data.store_dir={tmp_path}/store", f"run.dir={tmp_path}/runs", "run.name=first"),
+        *(STAGES, "train.tokens_per_step=512", "launch.device=cpu", "wandb.mode=disabled"),
+    ]
+
+
+@pytest.fixture
+def refused(settings: list[str], tmp_path: Path, monkeypatch, capsys):
+    """Runs a verb, expects it to be refused, and returns its one line."""
+    started: list[object] = []
+    monkeypatch.setattr(launch, "run", lambda *arguments: started.append(arguments) or 1)
+
+    def run(*overrides: str, verb: str = "train", exit_code: int = 2) -> str:
+        capsys.readouterr()
+        code = cli.run([verb, *(settings if verb == "train" else []), *overrides])
+        error = capsys.readouterr().err
+        assert code == exit_code
+        assert error.startswith("error: ") and error.count("\n") == 1 and len(error) < 700, error
+        assert not started, "processes were started"
+        assert not (tmp_path / "runs" / "first" / "resolved.yaml").exists()
+        assert not torch.cuda.is_initialized()
+        return error.removeprefix("error: ").rstrip()
+
+    return run
+
+
+def test_the_settings_of_these_tests_would_start(settings: list[str], monkeypatch, capsys, tmp_path: Path) -> None:
+    started: list[Path] = []
+    monkeypatch.setattr(launch, "run", lambda config, file: started.append(file) or 7)
+    assert cli.run(["train", *settings]) == 7
+    assert started == [tmp_path / "runs" / "first" / "resolved.yaml"]
+    assert resolved.load(started[0]).attention.block_size == 128
+    error = capsys.readouterr().err
+    assert "exit code 7" in error and error.count("\n") == 1
+
+
+# (overrides, words the line must hold: key, value, fix)
+UNCOMPOSED = {
+    "typo in a key": (["attention.blok_size=64"], ["attention.blok_size", "--cfg job"]),
+    "unknown section": (["atention.block_size=64"], ["atention"]),
+    "key added past the schema": (["+attention.zzz=1"], ["attention.zzz"]),
+    "typo in a stage": (["schedule.stages=[{nam: x}]"], ["schedule.stages", "nam"]),
+    "wrong type": (["attention.block_size=abc"], ["attention.block_size", "abc", "Integer"]),
+    "wrong type in a stage": (["schedule.stages=[{tokens: abc}]"], ["schedule.stages", "tokens", "abc"]),
+    "unknown choice": (["attention.kind=mobba"], ["attention.kind", "mobba", "full, moba"]),
+    "unknown experiment": (["experiment=hybrid"], ["experiment/hybrid", "hybrid_90_10", "full_only"]),
+    "unknown model": (["model=llama_900b"], ["model/llama_900b", "books_base"]),
+    "no key=value": (["block_size"], ["block_size", "key=value"]),
+    "no such folder of recipes": (["-cd", "/nope"], ["/nope"]),
+    "unknown base config": (["--config-name", "trian"], ["trian"]),
+}
+UNUSABLE = {
+    "block_size below 1": (["attention.block_size=0"], ["attention.block_size=0", "at least 1"]),
+    "top_k below 1": (["attention.top_k=0"], ["attention.top_k=0", "at least 1"]),
+    "block_size below 1 in a stage": (
+        ["schedule.stages=[{name: a, tokens: 1024, context_length: 128, attention: {block_size: -1}}]"],
+        ["schedule.stages[0].attention.block_size=-1", "at least 1"],
+    ),
+    "more full layers than layers": (["attention.full_layers=3"], ["full_layers=3", "2 layers", "at most 2"]),
+    "unknown backend": (["attention.backend=flash3"], ["attention.backend=flash3", "varlen"]),
+    "no stages": (["schedule.stages=[]"], ["schedule.stages", "experiment="]),
+    "stage without a size": (
+        ["schedule.stages=[{name: a, context_length: 128}]"],
+        ["schedule.stages[0]", "exactly one"],
+    ),
+    "step not a multiple of the context": (["train.tokens_per_step=500"], ["tokens_per_step", "500", "multiple"]),
+    "ranks that do not share the rows": (["launch.processes=3"], ["launch.processes=3", "multiple of 384"]),
+    "micro-batches that do not share the rows": (["train.micro_batch_tokens=384"], ["3 rows", "multiple of 384"]),
+    "more ranks than GPUs": (
+        ["launch.device=cuda", "launch.processes=4"],
+        ["launch.processes=4", "GPUs", "launch.device=cpu"],
+    ),
+    "both a folder and an architecture": (["model.path=/nope/model"], ["model.path=/nope/model", "not both"]),
+    "typo in the architecture": (["+model.architecture.hiden_size=64"], ["hiden_size", "did you mean hidden_size"]),
+    "unknown architecture": (["model.architecture.model_type=lama"], ["model_type=lama", "llama"]),
+    "heads that do not divide": (["model.architecture.num_attention_heads=5"], ["model.architecture", "32", "5"]),
+    "another's architecture": (["model.architecture.model_type=gpt2"], ["intermediate_size", "gpt2"]),
+    "missing tokenizer": (["model.tokenizer=/nope/tokenizer.json"], ["/nope/tokenizer.json"]),
+    "tokenizer beyond the vocabulary": (["model.architecture.vocab_size=200"], ["298 ids", "vocab_size=200"]),
+    "no corpus": (["data.train=[]"], ["data.train", "at least one source"]),
+    "missing corpus": (["data.train=[{name: a, path: /nope/books}]"], ["'a'", "/nope/books", "does not exist"]),
+    "nothing held out": (["data.heldout=[]"], ["data.heldout", "heldout_fraction"]),
+    "bad run name": (["run.name=../up"], ["run.name='../up'", "letters, digits"]),
+    "run directory under a file": (["run.dir=/dev/null/x"], ["/dev/null/x", "is a file", "run.dir"]),
+    "run name too long": ([f"run.name={'a' * 200}"], ["run.name", "120 characters"]),
+    "nothing to resume": (["run.resume=must"], ["run.resume=must", "no checkpoint", "run.resume=auto"]),
+    "learning rate of zero": (["schedule.learning_rate.peak=0"], ["schedule.learning_rate.peak=0", "above 0"]),
+    "bf16 without sharded state": (["train.precision=bf16"], ["train.precision=bf16", "train.zero_stage=1"]),
+}
+
+
+@pytest.mark.parametrize(("overrides", "words"), UNCOMPOSED.values(), ids=UNCOMPOSED)
+def test_settings_that_do_not_compose(refused, tmp_path: Path, overrides: list[str], words: list[str]) -> None:
+    line = refused(*overrides)
+    assert all(word in line for word in words), line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("overrides", "words"), UNUSABLE.values(), ids=UNUSABLE)
+def test_settings_that_cannot_be_used(refused, tmp_path: Path, overrides: list[str], words: list[str]) -> None:
+    line = refused(*overrides)
+    assert all(word in line for word in words), line
+    assert not list(tmp_path.iterdir()), "neither a store nor a run directory is begun"
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_context_length_that_no_document_reaches(refused, settings: list[str], tmp_path: Path, split: str) -> None:
+    short = tmp_path / "short"
+    short.mkdir()
+    (short / "a.txt").write_text("the white whale sailed under a white moon")
+    line = refused(f"data.{split}=[{{name: s, path: {short}}}]")
+    assert (
+        "context_length=128" in line and "tokens" in line and ("training" if split == "train" else "held-out") in line
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_empty_corpus(refused, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "has no .txt" in refused(f"data.train=[{{name: e, path: {empty}}}]")
+    (empty / "a.txt").touch()
+    line = refused(f"data.train=[{{name: e, path: {empty}}}]")
+    assert "train split holds no document" in line and "'e'" in line
+    assert not list((tmp_path / "store").rglob("train/manifest.json"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_stands(settings: list[str], refused, tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "runs" / "second"
+    again = ["run.name=second"]
+    with monkeypatch.context() as first:
+        first.setattr(launch, "run", lambda *arguments: 1)
+        assert cli.run(["train", *settings, *again]) == 1
+    before = (folder / "resolved.yaml").read_bytes()
+    assert "run.resume=never" in (line := refused(*again)) and "run.resume=auto" in line and str(folder) in line
+    line = refused(*again, "run.resume=auto", "attention.top_k=2")
+    assert "attention.top_k: 4 -> 2" in line and "another run.name" in line
+    assert "no checkpoint" in refused(*again, "run.resume=must")
+    assert (folder / "resolved.yaml").read_bytes() == before
+
+
+def test_other_verbs(refused) -> None:
+    assert refused(verb="nope").startswith("unknown verb 'nope': choose from train, prepare, ")
+    assert refused(verb="report") == "run is not given: moba-train report run=DIRECTORY"
+    assert "/nope" in refused("run=/nope", verb="report")
+    assert "'run' is not key=value" in refused("run", verb="report")
+    assert "ru" in refused("ru=x", verb="report")
+    assert "model=llama" in refused("model=llama", verb="fetch")
+    assert "attention.blok" in refused("attention.blok=1", verb="prepare")
+
+
+def test_help_and_version(capsys) -> None:
+    for arguments in ([], ["--help"], ["train", "--help"], ["--version"]):
+        assert cli.run(arguments) == 0
+        assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "attention.blok_size=64"],
+        ["train", "attention.top_k=0"],
+        ["train", "model.path=/nope/model"],
+        ["report", "run=/nope"],
+    ],
+    ids=" ".join,
+)
+def test_as_a_user_sees_it(arguments: list[str], tmp_path: Path) -> None:
+    """The real command, from an empty folder: one line and no traceback, in under 5 seconds of a core."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-c", "from moba_train.cli import main; main()", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
+    assert not list(tmp_path.iterdir())
+
+
+def test_hydras_own_options_still_work(tmp_path: Path) -> None:
+    recipes = tmp_path / "recipes" / "experiment"
+    recipes.mkdir(parents=True)
+    (recipes / "mine.yaml").write_text("# @package _global_\nattention: {top_k: 7}\n")
+    command = [sys.executable, "-c", "from moba_train.cli import main; main()", "train", "--cfg", "job"]
+    options = ["-cd", str(tmp_path / "recipes"), "experiment=mine"]
+    done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "top_k: 7" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["recipes"]

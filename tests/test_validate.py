@@ -1,0 +1,129 @@
+"""Ranges, and values that do not go together: each message names the key and its value."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+
+from moba_train.config import Config, Precision, StageLearningRateConfig
+from moba_train.validate import micro_batch_rows, validate
+
+
+def change(config: Config, key: str, value: Any) -> None:
+    """Set a dotted key; numbers index lists."""
+    target: Any = config
+    *path, last = key.split(".")
+    for name in path:
+        target = target[int(name)] if name.isdigit() else getattr(target, name)
+    setattr(target, last, value)
+
+
+def test_the_tiny_run_is_valid(tiny_config: Config) -> None:
+    validate(tiny_config)
+
+
+OUT_OF_RANGE = [
+    ("attention.block_size", 0),
+    ("attention.top_k", 0),
+    ("attention.full_layers", -1),
+    ("run.seed", -1),
+    ("run.seed", 2**63),
+    ("train.tokens_per_step", 0),
+    ("train.micro_batch_tokens", 0),
+    ("train.loss_tile_tokens", 0),
+    ("train.log_every", 0),
+    ("train.gradient_clipping", math.nan),
+    ("train.zero_stage", 4),
+    ("position_loss.bin_size", 0),
+    ("position_loss.log_every", 0),
+    ("evaluate.rows", 0),
+    ("evaluate.every_steps", -1),
+    ("checkpoint.every_steps", -1),
+    ("checkpoint.keep", 0),
+    ("launch.processes", 0),
+    ("launch.threads", -1),
+    ("launch.port", 65536),
+    ("data.threads", -1),
+    ("data.heldout_fraction", 1.5),
+    ("data.min_document_tokens", 0),
+    ("optimizer.weight_decay", math.inf),
+    ("optimizer.beta1", 1.0),
+    ("optimizer.beta2", -0.1),
+    ("optimizer.eps", 0.0),
+    ("schedule.learning_rate.peak", math.inf),
+    ("schedule.learning_rate.warmup_share", -0.1),
+    ("schedule.learning_rate.final_ratio", math.nan),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), OUT_OF_RANGE, ids=lambda value: str(value))
+def test_out_of_range(tiny_config: Config, key: str, value: Any) -> None:
+    change(tiny_config, key, value)
+    with pytest.raises(ValueError, match=re.escape(f"{key}={value}")):
+        validate(tiny_config)
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "a b", "x" * 121])
+@pytest.mark.parametrize("key", ["run.name", "run.label", "data.name", "schedule.stages.0.name"])
+def test_names_that_are_no_folder_names(tiny_config: Config, key: str, name: str) -> None:
+    change(tiny_config, key, name)
+    with pytest.raises(ValueError, match=re.escape(key.replace(".0.", "[0]."))):
+        validate(tiny_config)
+
+
+def test_a_stage_is_not_named_like_an_evaluation(tiny_config: Config) -> None:
+    tiny_config.schedule.stages[1].name = "start"
+    with pytest.raises(ValueError, match=re.escape("schedule.stages[1].name=start")):
+        validate(tiny_config)
+
+
+def test_a_stage_learning_rate_is_not_negative(tiny_config: Config) -> None:
+    tiny_config.schedule.stages[1].learning_rate = StageLearningRateConfig(start=1.0, end=-0.5)
+    with pytest.raises(ValueError, match=re.escape("schedule.stages[1].learning_rate.end=-0.5")):
+        validate(tiny_config)
+
+
+def test_warmup_and_decay_fit_in_the_run(tiny_config: Config) -> None:
+    tiny_config.schedule.learning_rate.warmup_share = 0.8
+    with pytest.raises(ValueError, match=r"warmup_share=0\.8 and decay_share=0\.3"):
+        validate(tiny_config)
+
+
+def test_bf16_needs_fp32_state(tiny_config: Config) -> None:
+    tiny_config.train.precision = Precision.bf16
+    with pytest.raises(ValueError, match=r"train\.zero_stage=1"):
+        validate(tiny_config)
+    tiny_config.train.zero_stage = 1
+    validate(tiny_config)
+
+
+def test_sources(tiny_config: Config) -> None:
+    tiny_config.data.heldout[0].path = ""
+    with pytest.raises(ValueError, match=re.escape("data.heldout[0].path is empty")):
+        validate(tiny_config)
+    tiny_config.data.heldout = []
+    with pytest.raises(ValueError, match=r"data\.heldout_fraction"):
+        validate(tiny_config)
+    tiny_config.data.heldout_fraction = 0.1
+    validate(tiny_config)
+    tiny_config.data.train = []
+    with pytest.raises(ValueError, match=r"data\.train is empty"):
+        validate(tiny_config)
+
+
+def test_rows_share_out_over_ranks_and_micro_batches(tiny_config: Config) -> None:
+    """A step is 512 tokens: 4 rows of the first stage and 2 of the second."""
+    tiny_config.launch.processes = 4
+    with pytest.raises(ValueError, match=re.escape("schedule.stages[1]: 2 rows of 256 tokens")):
+        validate(tiny_config)
+    tiny_config.launch.processes = 2
+    validate(tiny_config)
+    tiny_config.train.micro_batch_tokens = 512
+    with pytest.raises(ValueError, match="a multiple of 1024"):
+        validate(tiny_config)
+    tiny_config.train.tokens_per_step = 1024
+    validate(tiny_config)
+    assert [micro_batch_rows(tiny_config, context) for context in (128, 256, 1024)] == [4, 2, 1]
