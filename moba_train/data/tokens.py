@@ -38,7 +38,7 @@ from moba_train.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["TokenStore", "prepare_store"]
 
-SHARD_BYTES = 256 << 20
+SHARD_BYTES = 32 << 20  # a kill loses what was tokenised for the newest shard: half a minute on 2 cores
 INPUTS = "inputs.json"
 
 log = logging.getLogger(__name__)
