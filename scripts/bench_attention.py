@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from moba_train.attention import full_attention, moba_attention, sparsity
+from moba_train.attention import full_attention, moba_attention
+from moba_train.cost import sparsity
 
 LENGTHS = (2048, 4096, 8192, 16384, 32768)
 TOLERANCE = 1e-5  # of the largest value, in fp32
