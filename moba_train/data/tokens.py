@@ -151,34 +151,27 @@ def _build(
         place = tuple(writer.state["place"])
         log.info("going on with %s after %d whole shards", path, len(writer.shards))
     # What the store holds decides what is a duplicate, so that an interruption changes nothing.
-    seen = SeenTexts(writer.digests())
-    held = _heldout_digests(folder) if split.name == "train" else SeenTexts(np.empty(0))
-    overlap = _overlap(data)
+    seen, held = SeenTexts(writer.digests()), _heldout_digests(folder, split)
+    end = [np.array([tokenizer.eos_id], np.uint32)] if data.append_eos else []
 
     def close_shard(place: tuple[int, int, int]) -> None:
         writer.close_shard({"place": place, "tallies": [asdict(tally) for tally in tallies]})
 
-    end = [np.array([tokenizer.eos_id], np.uint32)] if data.append_eos else []
-    fraction = data.heldout_fraction if split.of_train else 1.0
-
     def enough(number: int) -> bool:
+        """Whether a source has given its max_tokens, of which data.heldout_fraction are held out."""
         limit = split.sources[number][0].max_tokens
-        return limit is not None and tallies[number].tokens >= limit * fraction
+        share = data.heldout_fraction if split.of_train else 1.0
+        return limit is not None and tallies[number].tokens >= limit * share
 
     with _progress(split, progress) as advance:
-        for origin, parts in encode(_origins(split, place, overlap, enough), tokenizer):
+        for origin, parts in encode(_origins(split, place, _overlap(data), enough), tokenizer):
             if enough(origin.source):
-                continue  # read ahead
+                continue  # read ahead of the record that reached it
             tokens = sum(map(len, parts))
-            source, _ = split.sources[origin.source]
-            fate = origin.fate
-            if fate == "document" and tokens < data.min_document_tokens:
-                fate = "short"
-            elif fate == "document" and data.drop_duplicates:
-                fate = "in_heldout" if origin.digest in held else "duplicate" if origin.digest in seen else fate
-                seen.add(origin.digest)
-            tallies[origin.source].count(fate, source, origin.problem)
+            fate = _fate(origin, tokens, seen, held, data)
+            tallies[origin.source].count(fate, split.sources[origin.source][0], origin.problem)
             if fate == "document":
+                seen.add(origin.digest)
                 tallies[origin.source].tokens += tokens + len(end)
                 if writer.add(parts + end, origin.source, origin.digest):
                     close_shard((origin.source, origin.file, origin.row + 1))
@@ -190,8 +183,22 @@ def _build(
     writer.finish({"split": split.name, **settings, "tokenizer_path": tokenizer.path, "sources": sources})
 
 
-def _heldout_digests(folder: Path) -> SeenTexts:
-    made = (folder / "heldout" / MANIFEST).is_file()
+def _fate(origin: Origin, tokens: int, seen: SeenTexts, held: SeenTexts, data: DataConfig) -> str:
+    """What becomes of a record, now that its tokens are counted and the documents before it are known."""
+    if origin.fate != "document":
+        return origin.fate
+    if tokens < data.min_document_tokens:
+        return "short"
+    if data.drop_duplicates and origin.digest in held:
+        return "in_heldout"
+    if data.drop_duplicates and origin.digest in seen:
+        return "duplicate"
+    return "document"
+
+
+def _heldout_digests(folder: Path, split: Split) -> SeenTexts:
+    """Of the held-out documents, for the split that must not have them. They are made first."""
+    made = split.name == "train" and (folder / "heldout" / MANIFEST).is_file()
     return SeenTexts(TokenStore.open(folder / "heldout").digests() if made else np.empty(0))
 
 

@@ -11,10 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moba_train.config import MixConfig
 from moba_train.data.loader import IGNORED, Batch, RowLoader, heldout_batches
 from moba_train.data.store import StoreWriter, TokenStore
 
 EOS = 0
+MIXES = [
+    MixConfig(),
+    MixConfig(full_rows=0.3),
+    MixConfig(weights={"numbers": 1.0}, length_weights={50: 3.0, 200: 0.5}),
+    MixConfig(min_length=100, full_rows=0.6),
+]
 
 
 @pytest.fixture(scope="session")
@@ -56,11 +63,11 @@ def test_an_epoch_holds_every_token_once(store: TokenStore, context_length: int,
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(2, 400), st.sampled_from([1, 2, 4]))
-def test_segments(store: TokenStore, context_length: int, rows: int) -> None:
+@given(st.integers(2, 200), st.sampled_from([1, 2, 4]), st.sampled_from(MIXES))
+def test_segments(store: TokenStore, context_length: int, rows: int, mix: MixConfig) -> None:
     """A segment is consecutive tokens of one document, or padding; positions restart; its first label is ignored."""
     starts = np.cumsum(store.lengths) - store.lengths + 1
-    loader = RowLoader(store, context_length, rows)
+    loader = RowLoader(store, context_length, rows, mix=mix)
     for _ in range(3):
         (batch,) = loader.next_step(rows)
         ids, labels, positions = (t.flatten() for t in (batch.input_ids, batch.labels, batch.position_ids))
@@ -94,15 +101,15 @@ def test_world_size_changes_nothing(store: TokenStore, world_size: int, micro_ba
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 80), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]))
-def test_resume_at_any_step(store: TokenStore, steps: int, before: int, after: int) -> None:
+@given(st.integers(0, 80), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.sampled_from(MIXES))
+def test_resume_at_any_step(store: TokenStore, steps: int, before: int, after: int, mix: MixConfig) -> None:
     """Also with another number of ranks."""
-    first = [RowLoader(store, 64, 4, rank, before, seed=7) for rank in range(before)]
+    first = [RowLoader(store, 64, 4, rank, before, seed=7, mix=mix) for rank in range(before)]
     for _ in range(steps):
         rows_of(first, 1)
     states = [loader.state_dict() for loader in first]
     assert all(state == {"rows": 4 * steps} for state in states)
-    second = [RowLoader(store, 64, 4, rank, after, seed=7) for rank in range(after)]
+    second = [RowLoader(store, 64, 4, rank, after, seed=7, mix=mix) for rank in range(after)]
     for loader in second:
         loader.load_state_dict(states[0])
     for _ in range(5):
