@@ -18,6 +18,7 @@ from moba_train.batch import count_positions, model_inputs, valid_tokens
 from moba_train.config import Config
 from moba_train.cost import DecoderShape, StepCost, step_cost
 from moba_train.data.loader import Batch, RowLoader, heldout_batches
+from moba_train.data.mix import stage_mix
 from moba_train.data.store import TokenStore
 from moba_train.data.tokens import prepare_store
 from moba_train.evaluate.position_loss import position_loss
@@ -159,7 +160,7 @@ def enter(run: Run, stage: Stage) -> None:
         run.runtime.world_size,
         # Stages draw rows in orders of their own: a stage must not begin with the rows the one before began with.
         seed=config.run.seed + stage.index,
-        mix=config.schedule.stages[stage.index].mix or config.data.mix,
+        mix=stage_mix(config, stage.index)[0],
     )
     run.loader.load_state_dict({"rows": (run.step - stage.first_step) * rows_per_step})
     rank_rows = rows_per_step // run.runtime.world_size

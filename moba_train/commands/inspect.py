@@ -16,7 +16,7 @@ from moba_train import resolved
 from moba_train.commands.compose import run_hydra
 from moba_train.config import Config
 from moba_train.data.documents import DROPPED
-from moba_train.data.mix import build_mix
+from moba_train.data.mix import build_mix, check_mix, stage_mix
 from moba_train.data.store import TokenStore
 from moba_train.data.survey import LONG, Holding, SourceDraw, holdings, source_draws
 from moba_train.data.tokens import prepare_store
@@ -40,6 +40,9 @@ def _job(composed: DictConfig) -> None:
 def show(config: Config, console: Console) -> Path:
     """Print the tables; returns the picture."""
     schedule = build_schedule(config)
+    for stage in schedule.stages:  # before minutes of tokenising
+        settings, key = stage_mix(config, stage.index)
+        check_mix(settings, [source.name for source in config.data.train], key)
     stores = prepare_store(config.data, tokenizer_path(config.model))
     for split in ("train", "heldout"):
         if (stores / split).is_dir():
@@ -69,9 +72,8 @@ def print_stage(
     store: TokenStore, config: Config, stage: Stage, tokens_per_step: int, console: Console
 ) -> list[SourceDraw]:
     """What a stage draws, from each source."""
-    own = config.schedule.stages[stage.index].mix
-    key = f"schedule.stages[{stage.index}].mix" if own else "data.mix"
-    mix = build_mix(store, stage.context_length, config.run.seed + stage.index, own or config.data.mix, key)
+    settings, key = stage_mix(config, stage.index)
+    mix = build_mix(store, stage.context_length, config.run.seed + stage.index, settings, key)
     rows = stage.steps * tokens_per_step // stage.context_length
     draws = list(source_draws(store, mix, rows))
     _line(

@@ -124,6 +124,8 @@ def find_files(source: SourceConfig) -> list[SourceFile]:
     if source.format is SourceFormat.hub:
         return []
     path = Path(source.path).expanduser()
+    if not path.exists() and not glob.has_magic(source.path):
+        raise ValueError(f"{where} does not exist; looked for {path.absolute()}")
     if source.format is SourceFormat.repository:
         base, found = repositories.find(path)
         if not found:
@@ -139,13 +141,11 @@ def find_files(source: SourceConfig) -> list[SourceFile]:
             raise ValueError(
                 f"{where} has no {' or '.join(suffixes)} files; check data.*.format, or name them by a glob"
             )
-    elif glob.has_magic(source.path):
+    else:
         fixed = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts)
         base, found = Path(*fixed), [Path(name) for name in glob.glob(str(path), recursive=True)]
         if not any(file.is_file() for file in found):
             raise ValueError(f"{where} matches no file; from {Path.cwd()}")
-    else:
-        raise ValueError(f"{where} does not exist; looked for {path.absolute()}")
     wanted = found if source.format is SourceFormat.repository else [file for file in found if file.is_file()]
     files = [SourceFile(file, str(file.relative_to(base)), *_size_and_time(file)) for file in wanted]
     return sorted(files, key=lambda file: file.name)

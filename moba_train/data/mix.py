@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moba_train.config import MixConfig
+from moba_train.config import Config, MixConfig
 from moba_train.data.pack import Rows, join, pack
 from moba_train.data.store import TokenStore
 
@@ -124,6 +124,12 @@ def check_mix(config: MixConfig, sources: Iterable[str], key: str) -> None:
 def _check_weight(key: str, weight: float) -> None:
     if not 0 <= weight < math.inf:
         raise ValueError(f"{key}={weight}: must be a finite number, at least 0")
+
+
+def stage_mix(config: Config, index: int) -> tuple[MixConfig, str]:
+    """The mix of a stage, its own or that of the data, and what messages call it."""
+    own = config.schedule.stages[index].mix
+    return (config.data.mix, "data.mix") if own is None else (own, f"schedule.stages[{index}].mix")
 
 
 def build_mix(store: TokenStore, context_length: int, seed: int, config: MixConfig, key: str = "data.mix") -> Mix:
