@@ -41,7 +41,8 @@ class Mix:
         self.rows = rows
         self.pools = pools
         self._seed = seed
-        self._bounds = np.array([int(2**64 * bound) for bound in np.cumsum([p.share for p in pools])[:-1]], np.uint64)
+        bounds = np.cumsum([pool.share for pool in pools])[:-1]
+        self._bounds = np.array([min(int(2**64 * bound), 2**64 - 1) for bound in bounds], np.uint64)
         self._orders: list[tuple[int, np.ndarray]] = [(-1, np.empty(0, np.int64))] * len(pools)  # epoch, its order
         self._counted = 0  # draws before this one are in _drawn
         self._drawn = np.zeros(len(pools), np.int64)

@@ -172,6 +172,13 @@ def test_full_rows_only(store: TokenStore) -> None:
     assert build_mix(store, 80, 0, MixConfig(full_rows=0.0)).full_share == 0
 
 
+def test_weights_far_apart(store: TokenStore) -> None:
+    """A share too small for the arithmetic of the draws is drawn (almost) never, and nothing overflows."""
+    mix = build_mix(store, 64, 0, MixConfig(weights={"books": 1.0, "code": 1e-30}))
+    assert mix.drawn(100_000)[0] >= 99_999
+    assert mix.draw(0, 3) == mix.draw(0, 3)
+
+
 def test_loader_with_a_mix(store: TokenStore) -> None:
     """The same rows for any number of ranks, and after a resume at another."""
     config = MixConfig(weights={"books": 0.7, "notes": 0.3}, full_rows=0.5)
