@@ -12,11 +12,20 @@ from torch import Tensor
 
 from moba_train.attention.blocks import Blocks
 from moba_train.attention.kernels import backward, forward, merge
-from moba_train.attention.kernels.plan import Chunk, Config, Sizes, chunk_size, chunks, configs, sizes_of
+from moba_train.attention.kernels.plan import (
+    FOLD_STAGES,
+    Chunk,
+    Config,
+    Sizes,
+    chunk_size,
+    chunks,
+    configs,
+    shared_memory,
+    sizes_of,
+)
 from moba_train.attention.kernels.route import Lists, route, tile
 from moba_train.attention.kernels.rows import LOG2_E
 
-FOLD_STAGES = 3  # partial results of a row tile on their way at a time
 ROW_DOT_ROWS = 64
 
 
@@ -25,7 +34,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """(out (T, H, D), log-sum-exp)."""
     sizes = sizes_of(query, key, choices, block_size)
-    config = configs(sizes.head_dim, block_size)
+    config = configs(sizes.head_dim, block_size, shared_memory(query.device))
     out = torch.empty_like(query)
     lse = torch.empty(sizes.kv_heads, sizes.rows, dtype=torch.float32, device=query.device)
 
@@ -99,7 +108,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dQ, dK, dV), from the forward's choices and results."""
     sizes = sizes_of(query, key, choices, block_size)
-    config = configs(sizes.head_dim, block_size)
+    config = configs(sizes.head_dim, block_size, shared_memory(query.device))
     count, constants = len(blocks.first), sizes.constants()
     d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     delta = torch.empty_like(lse)

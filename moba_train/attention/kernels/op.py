@@ -19,7 +19,7 @@ from moba_train.attention.spec import AttentionSpec
 
 SMALLEST_BLOCK = 16  # keys of the smallest tensor-core product
 LARGEST_HEAD_DIM = 256
-MOST_ENTRIES = 1 << 31  # of one kv head: entries are counted in int32
+MOST_ENTRIES = 1 << 30  # of one kv head: entries and their padding are counted in int32
 
 
 @torch.library.custom_op("moba_train::choose", mutates_args=())
@@ -155,7 +155,7 @@ def refuses(query: Tensor, key: Tensor, spec: AttentionSpec) -> str | None:
         return f"block_size {block_size} is below {SMALLEST_BLOCK}"
     entries = query.shape[0] * (query.shape[1] // key.shape[1]) * (top_k - 1)
     if entries >= MOST_ENTRIES:
-        return f"{entries} choices of one kv head do not fit 32 bits; use a smaller top_k or fewer tokens"
+        return f"one kv head makes {entries} choices, above {MOST_ENTRIES}; use a smaller top_k or fewer tokens"
     return None
 
 
@@ -164,12 +164,16 @@ def triton_attention(
 ) -> Tensor:
     """MoBA in fused kernels; forward and backward repeat bit by bit. Arguments and result as in ``reference``.
 
+    A value that is not a number reaches the rows of its segment and, unlike in ``reference``, may reach rows of a
+    neighbouring segment that share a tile with it.
+
     Raises:
         ValueError: a scale that is not positive.
     """
     block_size, top_k = spec.moba
     if not scale > 0:
         raise ValueError(f"scale is {scale}; the triton backend needs one above 0")
+    top_k = min(top_k, (max_seqlen - 1) // block_size + 1)  # blocks of the longest segment
     blocks = cut(cu_seqlens, block_size, len(query))
     bounds = (blocks.bounds, blocks.first, blocks.of_token)
     choices = choose(query.detach(), key.detach(), *bounds, block_size, top_k)

@@ -7,8 +7,9 @@ of one chunk: some kv heads and, where one kv head's do not fit, some of the tok
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 import triton
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from moba_train.attention.kernels.route import Lists
 
 WORKSPACE_SHARE = 0.5  # of the bytes of query, key, value, out and their gradients
 WORKSPACE_FLOOR = 64 << 20  # bytes that are never worth a second chunk
+FOLD_STAGES = 3  # partial results of a row tile on their way at a time
+HOPPER_SHARED = 227 << 10
 ENTRY_BYTES = 24  # of an entry besides its partial result: places in lists, log-sum-exps, delta
 
 
@@ -59,48 +62,87 @@ class Config:
         return dict(BLOCK_M=self.rows, BLOCK_N=self.keys, num_warps=self.warps, num_stages=self.stages)
 
 
-def configs(head_dim: int, block_size: int) -> dict[str, Config]:
-    """Tiles by kernel: as large as registers (255 a thread) and shared memory (227 KiB on Hopper) allow.
+def shared_bytes(kernel: str, config: Config, row_bytes: int) -> int:
+    """Shared memory of a kernel, ``row_bytes`` for each row and key: tiles that stay, and tiles on their way."""
+    rows, keys, stages = config.rows, config.keys, config.stages
+    if kernel in ("resident", "key_value", "key_value_query"):
+        held, moving = 2 * keys + (kernel != "key_value") * rows, (1 if kernel == "resident" else 2) * rows
+        count = held + stages * moving
+    else:
+        held = rows * (2 if "query" in kernel else 1)
+        count = max(held + stages * 2 * keys, held + (FOLD_STAGES - 1) * rows if "merge" in kernel else 0)
+    return count * row_bytes + (6 << 10 if kernel.startswith("key_value") else 2 << 10)  # and what is no tile
 
-    ``resident`` and ``key_value_query`` exist where one key tile holds a block.
+
+def configs(head_dim: int, block_size: int, shared: int = HOPPER_SHARED) -> dict[str, Config]:
+    """Tiles by kernel, measured on Hopper: as large as its registers and shared memory allow. Where a multiprocessor
+    has less than that, fewer stages and then smaller tiles.
+
+    ``resident`` and ``key_value_query`` are there only where one key tile holds a block.
+
+    Args:
+        head_dim: D.
+        block_size: B.
+        shared: bytes of shared memory that a program may use.
     """
-    keys = max(16, triton.next_power_of_2(block_size))
+    block_keys = max(16, triton.next_power_of_2(block_size))
     if head_dim <= 64:
         table = {
-            "forward": Config(128, min(keys, 64), 8, 3),
-            "resident": Config(128, keys, 8, 2),
-            "merge": Config(64, min(keys, 64), 4, 2),
-            "query": Config(128, min(keys, 64), 8, 3),
-            "merge_query": Config(64, min(keys, 64), 4, 2),
-            "key_value": Config(128, min(keys, 64), 4, 2),
-            "key_value_query": Config(64, keys, 8, 3),
+            "forward": Config(128, 64, 8, 3),
+            "merge": Config(64, 64, 4, 2),
+            "query": Config(128, 64, 8, 3),
+            "merge_query": Config(64, 64, 4, 2),
+            "key_value": Config(128, 64, 4, 2),
         }
+        single = {"resident": Config(128, block_keys, 8, 2), "key_value_query": Config(64, block_keys, 8, 3)}
         largest = 128
     elif head_dim <= 128:
         table = {
-            "forward": Config(128, min(keys, 128), 8, 3),
-            "resident": Config(64, keys, 4, 2),
-            "merge": Config(64, min(keys, 64), 4, 2),
-            "query": Config(128, min(keys, 64), 8, 3),
-            "merge_query": Config(64, min(keys, 64), 4, 2),
-            "key_value": Config(64, min(keys, 128), 8, 3),
-            "key_value_query": Config(64, keys, 8, 3),
+            "forward": Config(128, 128, 8, 3),
+            "merge": Config(64, 64, 4, 2),
+            "query": Config(128, 64, 8, 3),
+            "merge_query": Config(64, 64, 4, 2),
+            "key_value": Config(64, 128, 8, 3),
         }
+        single = {"resident": Config(64, block_keys, 4, 2), "key_value_query": Config(64, block_keys, 8, 3)}
         largest = 128
     else:
         table = {
-            "forward": Config(64, min(keys, 32), 4, 2),
-            "resident": Config(64, keys, 4, 1),
-            "merge": Config(64, min(keys, 32), 4, 1),
-            "query": Config(64, min(keys, 32), 4, 1),
-            "merge_query": Config(64, min(keys, 32), 4, 1),
-            "key_value": Config(32, min(keys, 32), 4, 1),
-            "key_value_query": Config(32, keys, 4, 1),
+            "forward": Config(64, 32, 4, 2),
+            "merge": Config(64, 32, 4, 1),
+            "query": Config(64, 32, 4, 1),
+            "merge_query": Config(64, 32, 4, 1),
+            "key_value": Config(32, 32, 4, 1),
         }
+        single = {"resident": Config(64, block_keys, 4, 1), "key_value_query": Config(32, block_keys, 4, 1)}
         largest = 32
-    if keys > largest:
-        del table["resident"], table["key_value_query"]
-    return table
+    row_bytes = 2 * triton.next_power_of_2(head_dim)
+    table = {kernel: replace(config, keys=min(config.keys, block_keys)) for kernel, config in table.items()}
+    fitted = {kernel: _fit(kernel, config, row_bytes, shared) for kernel, config in table.items()}
+    if block_keys <= largest:
+        fitted |= {kernel: _fit(kernel, config, row_bytes, shared) for kernel, config in single.items()}
+        if any(fitted[kernel].keys < block_keys for kernel in single):
+            fitted = {kernel: config for kernel, config in fitted.items() if kernel not in single}
+    return fitted
+
+
+def _fit(kernel: str, config: Config, row_bytes: int, shared: int) -> Config:
+    while shared_bytes(kernel, config, row_bytes) > shared:
+        if config.stages > 1:
+            config = replace(config, stages=config.stages - 1)
+        elif config.rows > max(16, config.keys if kernel not in ("resident", "key_value_query") else 0):
+            config = replace(config, rows=config.rows // 2)
+        else:
+            config = replace(config, keys=config.keys // 2)
+    return config
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program on ``device`` may use."""
+    if device.type != "cuda":  # the interpreter
+        return HOPPER_SHARED
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 def chunk_size(sizes: Sizes, element: int) -> tuple[int, int]:

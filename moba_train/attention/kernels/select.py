@@ -205,7 +205,8 @@ def select(query: Tensor, high: Tensor, low: Tensor, blocks: Blocks, block_size:
     dtype = choice_type(tokens, block_size)
     choices = torch.empty(kv_heads, tokens, group, choose, dtype=dtype, device=query.device)
     slots = triton.next_power_of_2(choose)
-    rows, warps = (128, 8) if slots <= 32 else (64, 4) if slots <= 64 else (16, 4)  # the pairs stay in registers
+    # The pairs stay in registers; queries and two tiles of representatives in shared memory.
+    rows, warps = (128, 8) if slots <= 32 and head_dim <= 128 else (64, 4) if slots <= 64 else (16, 4)
     _select_kernel[(triton.cdiv(tokens * group, rows), kv_heads)](
         query,
         high,
@@ -229,7 +230,7 @@ def select(query: Tensor, high: Tensor, low: Tensor, blocks: Blocks, block_size:
         BLOCK_M=rows,
         BLOCK_N=SELECT_BLOCKS,
         num_warps=warps,
-        num_stages=2,
+        num_stages=2 if head_dim <= 128 else 1,
         # Two programs a multiprocessor, one multiplying while the other compares, where that costs few spills.
         maxnreg=128 if slots <= 16 and head_dim <= 128 else None,
     )
