@@ -212,6 +212,51 @@ def test_checkpointing_can_keep_the_choices(monkeypatch):
 
 
 @kernels
+def test_more_blocks_than_there_are_is_dense():
+    compare(Case("dense", (70, 33), top_k=500))
+
+
+@kernels
+def test_the_benchmark_s_check_tells_right_from_wrong(monkeypatch):
+    op, _, _ = modules()
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    import bench_attention_check as check
+
+    monkeypatch.setattr(check, "ROWS", 8)
+    case = Case("judge", (90, 60), top_k=3)
+    query, key, value, d_out = case.tensors(DEVICE, DTYPE)
+    blocks, choices = choices_of(case, query, key)
+    bounds = (blocks.bounds, blocks.first, blocks.of_token)
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    out, lse = op.attend(*inputs, *bounds, choices, 16, case.head_dim**-0.5)
+    names = ("d_query", "d_key", "d_value")
+    results = dict(zip(names, torch.autograd.grad(out, inputs, d_out), strict=True), out=out.detach(), lse=lse)
+    with torch.no_grad():
+        at = dict(query=query, key=key, value=value, d_out=d_out, **results)
+        assert "d_key" in check.Judge(blocks, choices, 16, case.head_dim**-0.5, **at).verdict()
+        for name in ("out", *names):
+            wrong = {**at, name: at[name] * 1.05}
+            with pytest.raises(SystemExit, match=name):
+                check.Judge(blocks, choices, 16, case.head_dim**-0.5, **wrong).verdict()
+        swapped = choices.clone()
+        swapped[:, 140:, :, 0] = (swapped[:, 140:, :, 0] + 1) % 3
+        with pytest.raises(SystemExit, match="gate"):
+            monkeypatch.setattr(check, "ROWS", 400)
+            check.Judge(blocks, swapped, 16, case.head_dim**-0.5, **at).verdict()
+
+
+@pytest.mark.parametrize("kibibytes", [99, 163, 227])
+@pytest.mark.parametrize("block_size", [16, 100, 128, 4096])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_tiles_fit_the_shared_memory(head_dim, block_size, kibibytes):
+    _, plan, _ = modules()
+    row_bytes = 2 * max(64, 1 << (head_dim - 1).bit_length())
+    for kernel, config in plan.configs(head_dim, block_size, kibibytes << 10).items():
+        assert plan.shared_bytes(kernel, config, row_bytes) <= kibibytes << 10
+        assert min(config.rows, config.keys) >= 16 and config.stages >= 1
+
+
+@kernels
 def test_refusals_name_the_reason():
     op, _, _ = modules()
     tensors = {dim: Case("r", (20,), head_dim=dim).tensors(DEVICE, DTYPE)[:2] for dim in (32, 36, 264)}
