@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from moba_train.config import ModelConfig, Precision
@@ -18,6 +19,7 @@ from moba_train.config import ModelConfig, Precision
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_WEIGHTS = (".safetensors", ".bin")
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
@@ -48,12 +50,18 @@ def model_configuration(model: ModelConfig) -> PretrainedConfig:
         )
     if folder.is_dir() and model.gguf_file is None and not (folder / "config.json").is_file():
         raise ValueError(f"model.path={model.path} holds no config.json: give a Hugging Face model folder")
+    if folder.is_dir() and model.gguf_file is None and not _holds_weights(folder):
+        raise ValueError(f"model.path={model.path} holds no weights ({' or '.join(_WEIGHTS)}): give the whole folder")
     try:
         return AutoConfig.from_pretrained(_location(model), trust_remote_code=False, **_gguf(model))
     except (OSError, ValueError, StrictDataclassError) as error:
         raise ValueError(
             f"model.path={model.path} cannot be loaded ({_one_line(error)}): give a Hugging Face model folder"
         ) from None
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any(file.suffix in _WEIGHTS for file in folder.iterdir())
 
 
 def _new_configuration(kind: str, keywords: dict[str, Any]) -> PretrainedConfig:
@@ -78,7 +86,7 @@ def _one_line(error: Exception) -> str:
 
 
 def load_model(model: ModelConfig, precision: Precision) -> PreTrainedModel:
-    """The model in ``precision``, on the CPU, with the attention implementation ``moba`` and no plan yet.
+    """The model in ``precision``, on the CPU, in training mode, with the attention implementation ``moba`` and no plan.
 
     A new model's weights come from torch's global generator, so seed it before.
     """
@@ -92,7 +100,14 @@ def load_model(model: ModelConfig, precision: Precision) -> PreTrainedModel:
     if model.path is None:
         return AutoModelForCausalLM.from_config(model_configuration(model), **keywords)
     model_configuration(model)  # its checks of the folder
-    return AutoModelForCausalLM.from_pretrained(_location(model), trust_remote_code=False, **keywords, **_gguf(model))
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            _location(model), trust_remote_code=False, **keywords, **_gguf(model)
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"model.path={model.path} cannot be loaded ({_one_line(error)})") from None
+    # A loaded model comes in evaluation mode, without dropout and without activation checkpointing.
+    return loaded.train()
 
 
 def _location(model: ModelConfig) -> str:

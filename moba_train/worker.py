@@ -9,6 +9,7 @@ finite; 130 interrupted; 1 anything else, a full disk among it.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ from moba_train.runtime import finish, start
 from moba_train.train import Run, build, train
 
 RESULT = "result.json"
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main() -> int:
@@ -48,7 +50,14 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 3
     except OSError as error:  # a full disk under metrics.jsonl or the export
-        print(f"error: {folder} cannot be written ({error}): make room, or mend the disk", file=sys.stderr, flush=True)
+        if error.errno not in _DISK:
+            raise
+        print(
+            f"error: {error.filename or folder} cannot be written ({error.strerror}): make room, or mend the disk, and "
+            f"go on with run.resume=auto",
+            file=sys.stderr,
+            flush=True,
+        )
     except KeyboardInterrupt:
         code = 130
     finally:

@@ -53,6 +53,9 @@ def engine_config(train: TrainConfig, runtime: Runtime) -> dict:
 def set_accumulation(engine, micro_batches: int) -> None:
     """From the next step on, a step is ``micro_batches`` passes a rank."""
     engine.set_train_batch_size(micro_batches * engine.dp_world_size)
+    # DeepSpeed takes its count of all passes modulo this number: without a new count, the first steps after a change
+    # would end in their middle.
+    engine.micro_steps = 0
 
 
 def step_engine(engine, train: TrainConfig) -> float:

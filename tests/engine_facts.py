@@ -1,0 +1,86 @@
+"""What DeepSpeed's engine does with our settings, as JSON on the last line. A script: one engine a process is the rule
+(moba_train/parallel/launch.py), and several here are only safe because nothing but numbers leaves it.
+
+    python engine_facts.py ZERO_STAGE PRECISION
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from torch import nn
+
+from moba_train.config import Device, LaunchConfig, OptimizerConfig, Precision, TrainConfig
+from moba_train.optimizer import build_optimizer, set_learning_rate
+from moba_train.parallel.engine import build_engine, set_accumulation, step_engine
+from moba_train.runtime import finish, start
+
+MICRO_BATCHES = (2, 2, 3)  # of each step: accumulation changes on the way
+LIMIT = 0.05  # of the gradient norm: below every step's
+
+
+def model() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+def micro_batch(step: int, index: int) -> torch.Tensor:
+    return torch.randn(5, 6, generator=torch.Generator().manual_seed(10 * step + index))
+
+
+def plain() -> dict:
+    """The same steps in plain torch, whole batches at once."""
+    module = model()
+    optimizer = build_optimizer(module, OptimizerConfig())
+    set_learning_rate(optimizer, 0.01)
+    norms = []
+    for step, count in enumerate(MICRO_BATCHES):
+        losses = [module(micro_batch(step, index)).square().sum() / count for index in range(count)]
+        torch.stack(losses).sum().backward()
+        norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), LIMIT)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"norms": norms, "weights": flat(module)}
+
+
+def flat(module: nn.Module) -> list[float]:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        return torch.cat([parameter.detach().float().flatten() for parameter in module.parameters()]).tolist()
+
+
+def engines_own(train: TrainConfig) -> dict:
+    runtime = start(LaunchConfig(device=Device.cpu, threads=1))
+    module = model()
+    dtype = torch.bfloat16 if train.precision is Precision.bf16 else torch.float32
+    module.to(dtype)
+    engine = build_engine(module, build_optimizer(module, OptimizerConfig()), train, runtime)
+    set_learning_rate(engine.optimizer, 0.01)
+    norms: list[float] = []
+    for step, count in enumerate(MICRO_BATCHES):
+        set_accumulation(engine, count)
+        for index in range(count):
+            engine.backward(engine(micro_batch(step, index).to(dtype)).square().sum() / count, scale_wrt_gas=False)
+            norm = step_engine(engine, train)
+            assert (index == count - 1) == (norm == norm), "only a step's last micro-batch has a norm"
+        norms.append(norm)
+    facts = {"norms": norms, "weights": flat(engine.module), "training": engine.module.training}
+
+    set_accumulation(engine, 1)
+    engine.backward(engine(micro_batch(9, 0).to(dtype)).square().sum() * float("inf"), scale_wrt_gas=False)
+    try:
+        step_engine(engine, train)
+        facts["refusal"] = ""
+    except FloatingPointError as error:
+        facts["refusal"] = str(error)
+    facts["weights_after_refusal"] = flat(engine.module)
+    finish()
+    return facts
+
+
+if __name__ == "__main__":
+    given = TrainConfig(zero_stage=int(sys.argv[1]), precision=Precision[sys.argv[2]], gradient_clipping=LIMIT)
+    print(json.dumps({"engine": engines_own(given), "plain": plain()}))

@@ -1,0 +1,71 @@
+"""DeepSpeed's engine takes the steps of plain torch: accumulation, clipping, and infinite gradients refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moba_train.config import Config, Precision, TrainConfig
+from moba_train.metrics_file import read_rows
+from moba_train.parallel.engine import engine_config
+from moba_train.runtime import Runtime
+from tiny import run_worker
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(0, "fp32"), (1, "bf16"), pytest.param((3, "fp32"), marks=pytest.mark.distributed)],
+    ids=["ZeRO 0", "ZeRO 1 bf16", "ZeRO 3"],
+)
+def facts(request) -> dict:
+    zero_stage, precision = request.param
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("engine_facts.py")), str(zero_stage), precision],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return {**json.loads(done.stdout.splitlines()[-1]), "relative": 1e-5 if precision == "fp32" else 2e-2}
+
+
+def test_steps_are_those_of_plain_torch(facts: dict) -> None:
+    engine, plain = facts["engine"], facts["plain"]
+    assert engine["norms"] == pytest.approx(plain["norms"], rel=facts["relative"])
+    assert engine["weights"] == pytest.approx(plain["weights"], rel=facts["relative"], abs=facts["relative"] / 10)
+    assert engine["training"]
+
+
+def test_an_infinite_gradient_updates_nothing(facts: dict) -> None:
+    engine = facts["engine"]
+    assert "gradient norm is" in engine["refusal"] and "learning_rate.peak" in engine["refusal"]
+    assert engine["weights_after_refusal"] == engine["weights"]
+
+
+def test_only_plain_fp32_is_clipped_here() -> None:
+    runtime = Runtime(0, 2, 0, torch.device("cpu"))
+    assert engine_config(TrainConfig(gradient_clipping=0.7), runtime)["gradient_clipping"] == 0
+    sharded = engine_config(TrainConfig(gradient_clipping=0.7, zero_stage=2, precision=Precision.bf16), runtime)
+    assert sharded["gradient_clipping"] == 0.7
+    assert sharded["zero_optimization"] == {"stage": 2}
+    assert sharded["bf16"] == {"enabled": True}
+
+
+def test_bf16_with_recomputation_learns(tiny_config: Config, tmp_path: Path) -> None:
+    """A whole run in bf16 under ZeRO 1, with activation checkpointing."""
+    tiny_config.train.precision, tiny_config.train.zero_stage = Precision.bf16, 1
+    tiny_config.train.activation_checkpointing = True
+    tiny_config.checkpoint.every_steps = 0
+    done = run_worker(tiny_config, tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    points = json.loads((tmp_path / "run/result.json").read_text())["points"]
+    assert points[0]["trailing_loss"] > points[1]["trailing_loss"] > points[2]["trailing_loss"]
+    steps = [row for row in read_rows(tmp_path / "run/metrics.jsonl") if "train/loss" in row]
+    assert all(0 < row["train/gradient_norm"] < 100 for row in steps)
