@@ -1,0 +1,143 @@
+"""What is checked against files before any process is started."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from moba_train import preflight, resolved
+from moba_train.config import AttentionKind, Config, Device, Resume, RopeConfig
+from moba_train.data.tokens import prepare_store
+from moba_train.schedule import build_schedule
+
+
+def check_model(config: Config) -> None:
+    preflight.check_model(config, build_schedule(config))
+
+
+def refuses(config: Config, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        check_model(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_tiny_run_passes(tiny_config: Config, tmp_path: Path) -> None:
+    check_model(tiny_config)
+    stores = prepare_store(tiny_config.data, str(tiny_config.model.tokenizer), progress=False)
+    preflight.check_store(tiny_config, build_schedule(tiny_config), stores)
+    folder = tmp_path / "runs" / "tiny"
+    preflight.check_folder(tiny_config, folder)
+    assert not folder.exists() and not folder.parent.exists()
+    preflight.open_folder(tiny_config, folder)
+    assert resolved.load(folder / resolved.FILE) == tiny_config
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert [path.name for path in folder.iterdir()] == [resolved.FILE]
+
+
+def test_the_plan_fits_the_model(tiny_config: Config) -> None:
+    tiny_config.schedule.stages[1].attention.kind = AttentionKind.moba
+    tiny_config.schedule.stages[1].attention.full_layers = 3
+    check_model(tiny_config)
+    tiny_config.schedule.stages[1].attention.full_layers = 4
+    refuses(tiny_config, "full_layers=4 in stage full with 3 layers in tiny_llama: set it to at most 3")
+
+
+def test_unknown_backend(tiny_config: Config) -> None:
+    tiny_config.attention.backend = "flash"
+    refuses(tiny_config, "attention.backend=flash is unknown: choose from auto, .*varlen")
+
+
+def test_rope_of_a_stage(tiny_config: Config) -> None:
+    tiny_config.schedule.stages[1].rope = RopeConfig(rope_type="yarn")
+    refuses(tiny_config, "yarn needs rope.factor")
+    tiny_config.schedule.stages[1].rope = RopeConfig(rope_type="yarn", factor=4.0)
+    refuses(tiny_config, "needs rope.original_max_position_embeddings")
+
+
+def test_models_that_moba_does_not_compute(tiny_config: Config) -> None:
+    tiny_config.model.architecture = {"model_type": "gpt2"}
+    refuses(tiny_config, "model_type gpt2 has no single rotary position embedding")
+    tiny_config.model.architecture = {"model_type": "mistral", "vocab_size": 300}
+    refuses(tiny_config, "sliding_window=4096.*set sliding_window to null")
+    tiny_config.model.architecture["sliding_window"] = None
+    check_model(tiny_config)
+    tiny_config.model.architecture = {"model_type": "cohere", "vocab_size": 300}
+    refuses(tiny_config, "logit_scale=.*use a Llama, Mistral or Qwen model")
+
+
+def test_the_tokenizer_fits_the_vocabulary(tiny_config: Config, tmp_path: Path) -> None:
+    tiny_config.model.architecture["vocab_size"] = 290
+    refuses(tiny_config, "has 298 ids and tiny_llama vocab_size=290: set model.tokenizer")
+    tiny_config.model.tokenizer = str(tmp_path / "tokenizer.json")
+    refuses(tiny_config, "does not exist")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    refuses(tiny_config, "is not a tokenizers JSON file")
+    tiny_config.model.tokenizer = None
+    refuses(tiny_config, r"model\.tokenizer is not set")
+
+
+def test_more_processes_than_gpus(tiny_config: Config) -> None:
+    tiny_config.launch.device, tiny_config.launch.processes = Device.cuda, 64
+    refuses(tiny_config, r"launch\.processes=64 with \d+ GPUs seen: .* launch\.device=cpu")
+
+
+@pytest.mark.parametrize(("stage", "context"), [(1, 4096), (0, 8192)])
+def test_context_lengths_are_reached(tiny_config: Config, stage: int, context: int) -> None:
+    """The longest training document has some 3,000 words, the held-out one 800."""
+    stores = prepare_store(tiny_config.data, str(tiny_config.model.tokenizer), progress=False)
+    tiny_config.train.tokens_per_step = 8192
+    tiny_config.schedule.stages[stage].context_length = context
+    with pytest.raises(ValueError, match=f"context_length={context} of stage .* is reached by no training document"):
+        preflight.check_store(tiny_config, build_schedule(tiny_config), stores)
+    tiny_config.schedule.stages[stage].context_length = 2048
+    with pytest.raises(ValueError, match="context_length=2048 is reached by no held-out document: the longest of tiny"):
+        preflight.check_store(tiny_config, build_schedule(tiny_config), stores)
+
+
+def test_a_run_that_stands(tiny_config: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    preflight.open_folder(tiny_config, folder)
+    with pytest.raises(ValueError, match=r"run\.resume=never and .* holds a run already: set run\.resume=auto"):
+        preflight.check_folder(tiny_config, folder)
+    tiny_config.run.resume = Resume.must
+    with pytest.raises(ValueError, match=r"run\.resume=must and .* holds no checkpoint"):
+        preflight.check_folder(tiny_config, folder)
+    (folder / "checkpoints" / "step_00000002").mkdir(parents=True)
+    preflight.check_folder(tiny_config, folder)
+    tiny_config.run.seed = 3
+    with pytest.raises(ValueError, match=r"started with other settings \(run\.seed: 0 -> 3\)"):
+        preflight.check_folder(tiny_config, folder)
+
+
+def test_checkpoints_without_settings_are_no_new_run(tiny_config: Config, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints" / "step_00000002").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"run\.resume=never"):
+        preflight.check_folder(tiny_config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["/dev/null/x/run", "file/run", "file", f"{'x' * 300}/run"])
+def test_folders_that_cannot_be_made(tiny_config: Config, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    folder = tmp_path / name
+    for function in (preflight.check_folder, preflight.open_folder):
+        with pytest.raises(ValueError, match=rf"{re.escape(str(folder))} cannot be written \(.*set run\.dir") as caught:
+            function(tiny_config, folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_permission(tiny_config: Config, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root, who may do all
+    with pytest.raises(ValueError, match="no permission in"):
+        preflight.check_folder(tiny_config, tmp_path / "run")
+
+
+def test_a_model_folder_without_weights(tiny_config: Config, tmp_path: Path) -> None:
+    tiny_config.model.architecture = {}
+    tiny_config.model.path = str(tmp_path)
+    refuses(tiny_config, "holds no config.json")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    refuses(tiny_config, "holds no weights")
