@@ -24,6 +24,7 @@ import numpy as np
 
 from moba_train import embedded
 from moba_train.config import DataConfig, MixConfig, SourceConfig, SourceFormat
+from moba_train.data import tokens
 from moba_train.data.documents import read_documents
 from moba_train.data.loader import RowLoader
 from moba_train.data.store import StoreWriter, TokenStore
@@ -44,9 +45,11 @@ def main() -> None:
     parser.add_argument("--format", default="text", choices=[format.value for format in SourceFormat])
     parser.add_argument("--tokenizer", default=str(embedded.folder("data") / "tokenizer" / "tokenizer.json"))
     parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--shard-megabytes", type=int, default=tokens.SHARD_BYTES >> 20)
     parser.add_argument("--store", default="", help=argparse.SUPPRESS)  # of a child
     arguments = parser.parse_args()
     if arguments.what == "child":
+        tokens.SHARD_BYTES = arguments.shard_megabytes << 20
         prepare_store(data_config(arguments, arguments.store), arguments.tokenizer, progress=False)
         return
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
@@ -78,13 +81,13 @@ def bench_loader(arguments: argparse.Namespace, folder: Path) -> None:
     print(f"loader: {rate:,.0f} tokens/s on one core, {rate / CONSUMED:.0f} times what one H200 takes")
 
 
-def make_store(path: Path, tokens: int) -> None:
+def make_store(path: Path, total: int) -> None:
     """Documents of log-normal lengths, of three sources; ids drawn at random."""
     draw = np.random.default_rng(0)
     writer = StoreWriter(path, vocab_size=50_000, shard_bytes=256 << 20)
     ids = draw.integers(1, 50_000, 1 << 22, dtype=np.uint16)
     done = 0
-    while done < tokens:
+    while done < total:
         source = int(draw.integers(3))
         length = int(np.clip(draw.lognormal((10, 11, 7)[source], 1.2), 1, 1 << 21))
         if writer.add([ids[:length]], source):
@@ -100,29 +103,44 @@ def resident_mb() -> float:
 
 
 def bench_prepare(arguments: argparse.Namespace, folder: Path) -> None:
+    before = time.process_time()
     megabytes, documents, seconds = tokenizer_alone(arguments)
-    alone = megabytes / seconds
-    print(f"text: {megabytes:,.1f} MB in {documents:,} documents; tokenizer alone {alone:.2f} MB/s")
+    alone, alone_cpu = megabytes / seconds, time.process_time() - before
+    print(
+        f"text: {megabytes:,.1f} MB in {documents:,} documents; tokenizer alone {alone:.2f} MB/s, {alone_cpu:.0f} CPU "
+        "seconds with reading"
+    )
     start = time.perf_counter()
-    peak = run_child(arguments, folder / "whole")
+    peak, cpu = run_child(arguments, folder / "whole")
     seconds = time.perf_counter() - start
     rate = megabytes / seconds
     store = only_store(folder / "whole")
     print(
-        f"prepare: {rate:.2f} MB/s with its start, {rate / alone:.0%} of the tokenizer alone; peak {peak:,.0f} MB; "
+        f"prepare: {rate:.2f} MB/s with its start, {rate / alone:.0%} of the tokenizer alone, {cpu:.0f} CPU seconds; "
+        f"peak {peak:,.0f} MB; "
         f"{store.tokens:,} tokens in {len(store.manifest['shards'])} shards"
     )
     if arguments.kills:
-        draw = random.Random(0)
-        for _ in range(arguments.kills):
-            kill_child_after(arguments, folder / "killed", draw.uniform(0, seconds))
-        run_child(arguments, folder / "killed")
-        killed = only_store(folder / "killed")
+        kill_often(arguments, folder, seconds, store)
+
+
+def kill_often(arguments: argparse.Namespace, folder: Path, seconds: float, whole: TokenStore) -> None:
+    """Prepare anew with kills at random times, and again, until there were as many as asked for."""
+    draw = random.Random(0)
+    kills, rounds = 0, 0
+    while kills < arguments.kills:
+        path = folder / f"killed{rounds}"
+        while kills < arguments.kills and kill_child_after(
+            arguments, path, draw.uniform(0, 2 * seconds / arguments.kills)
+        ):
+            kills += 1
+        run_child(arguments, path)
+        rounds += 1
+        killed = only_store(path)
         killed.verify()
-        same = killed.manifest == store.manifest
-        print(f"killed {arguments.kills} times: the same manifest, every shard's sha256 in it: {same}")
-        if not same:
-            raise SystemExit("the interrupted store differs")
+        if killed.manifest != whole.manifest:
+            raise SystemExit(f"the store that was interrupted differs: {killed.path}")
+    print(f"killed {kills} times in {rounds} preparations: the unbroken one's manifest, every sha256 in it")
 
 
 def tokenizer_alone(arguments: argparse.Namespace) -> tuple[float, int, float]:
@@ -165,26 +183,30 @@ def data_config(arguments: argparse.Namespace, store: str) -> DataConfig:
 
 def child_command(arguments: argparse.Namespace, store: Path) -> list[str]:
     given = ["--path", arguments.path, "--format", arguments.format, "--tokenizer", arguments.tokenizer]
+    given += ["--shard-megabytes", str(arguments.shard_megabytes)]
     return [sys.executable, __file__, "child", *given, "--store", str(store)]
 
 
-def run_child(arguments: argparse.Namespace, store: Path) -> float:
-    """Prepare in a process of its own; its peak memory in MB."""
+def run_child(arguments: argparse.Namespace, store: Path) -> tuple[float, float]:
+    """Prepare in a process of its own; its peak memory in MB and CPU seconds."""
     process = subprocess.Popen(child_command(arguments, store))
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"the preparation ended with status {status}")
-    return usage.ru_maxrss / 1e3
+    return usage.ru_maxrss / 1e3, usage.ru_utime + usage.ru_stime
 
 
-def kill_child_after(arguments: argparse.Namespace, store: Path, seconds: float) -> None:
-    """A process that is killed before it is done, or done before it is killed."""
+def kill_child_after(arguments: argparse.Namespace, store: Path, seconds: float) -> bool:
+    """Prepare for so long, then kill. False where the preparation was done before."""
     process = subprocess.Popen(child_command(arguments, store))
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
         process.wait()
+    if process.returncode not in (0, -signal.SIGKILL):
+        raise SystemExit(f"the preparation ended with status {process.returncode}")
+    return process.returncode != 0
 
 
 def only_store(folder: Path) -> TokenStore:
