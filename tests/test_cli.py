@@ -164,6 +164,8 @@ def test_a_run_that_stands(settings: list[str], refused, tmp_path: Path, monkeyp
     line = refused(*again, "run.resume=auto", "attention.top_k=2")
     assert "attention.top_k: 4 -> 2" in line and "another run.name" in line
     assert "no checkpoint" in refused(*again, "run.resume=must")
+    (folder / "checkpoints" / "step_00000002").mkdir(parents=True)
+    assert "none of the 1 checkpoints" in refused(*again, "run.resume=auto")
     assert (folder / "resolved.yaml").read_bytes() == before
 
 

@@ -56,7 +56,7 @@ def run_one(config: Config) -> tuple[Path, int]:
     """Validate, prepare the data, start the processes, and report. Returns the run directory and the exit code."""
     validate(config)
     # torch, transformers and matplotlib take seconds to import: a mistyped setting is told before.
-    from moba_train import preflight, report
+    from moba_train import checkpoint, preflight, report
     from moba_train.data.tokens import prepare_store
     from moba_train.model import tokenizer_path
     from moba_train.schedule import build_schedule
@@ -65,6 +65,7 @@ def run_one(config: Config) -> tuple[Path, int]:
     preflight.check_model(config, schedule)
     folder = run_folder(config)
     preflight.check_folder(config, folder)  # before the data is tokenised, which may take hours
+    checkpoint.newest_whole(folder / "checkpoints")  # each process would find them all damaged, and say so
     for stage in schedule.stages:
         if stage.kind.value == "moba" and stage.sparsity == 0:
             console.print(
