@@ -32,19 +32,23 @@ def register() -> None:
 def set_plan(model: PreTrainedModel, plan: Sequence[AttentionSpec], backend: str = "auto") -> None:
     """Give layer ``i`` the attention ``plan[i]``. Takes effect at the next forward pass.
 
+    A named backend computes the layers of its kinds; for the rest, such as the full layers beside ``triton``'s MoBA,
+    the backend is ``auto``, which logs what it takes.
+
     Raises:
         ValueError: the plan's length is not the model's number of layers, or the backend is unknown.
     """
     layers = model.config.num_hidden_layers
     if len(plan) != layers:
         raise ValueError(f"plan has {len(plan)} entries for {layers} layers: give one AttentionSpec a layer")
-    if backend != "auto" and backend not in backends.BACKENDS:
-        raise ValueError(f"attention.backend={backend} is unknown: choose from auto, {', '.join(backends.BACKENDS)}")
+    backends.check_name(backend)
     for module in model.modules():
         layer = getattr(module, "layer_idx", None)
         if isinstance(layer, int):
-            module.attention_spec = plan[layer]  # type: ignore[assignment]
-            module.attention_backend = backend  # type: ignore[assignment]
+            spec = plan[layer]
+            computed = backend == "auto" or spec.kind in backends.BACKENDS[backend].kinds
+            module.attention_spec = spec  # type: ignore[assignment]
+            module.attention_backend = backend if computed else "auto"  # type: ignore[assignment]
 
 
 def attention_forward(

@@ -8,8 +8,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+from transformers import PretrainedConfig
+
 from moba_train import checkpoint, resolved
-from moba_train.attention.backends import BACKENDS
+from moba_train.attention.backends import BACKENDS, check_name, resolve
 from moba_train.config import Config, Resume
 from moba_train.data.store import TokenStore
 from moba_train.data.tokenizer import load_tokenizer
@@ -26,11 +29,9 @@ def check_model(config: Config, schedule: Schedule) -> None:
     Raises:
         ValueError: naming the key, its value and the fix.
     """
-    backend = config.attention.backend
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"attention.backend={backend} is unknown: choose from auto, {', '.join(BACKENDS)}")
-    choose_device(config.launch, local_rank=0)
+    device = choose_device(config.launch, local_rank=0)
     model = model_configuration(config.model)
+    _check_backend(config.attention.backend, device, schedule, model)
     refuse_changed_logits(model)
     layers = model.num_hidden_layers
     parameters = dict(getattr(model, "rope_parameters", None) or {})
@@ -57,6 +58,21 @@ def check_model(config: Config, schedule: Schedule) -> None:
             f"the tokenizer {tokenizer_path(config.model)} has {tokenizer.vocab_size} ids and {config.model.name} "
             f"vocab_size={model.vocab_size}: set model.tokenizer to the model's own"
         )
+
+
+def _check_backend(name: str, device: torch.device, schedule: Schedule, model: PretrainedConfig) -> None:
+    try:
+        check_name(name)
+        if name == "auto" or device.type != "cpu":  # a tensor on CUDA would start it; there the worker finds out
+            return
+        head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+        query, key = (torch.empty(1, n, head_dim) for n in (model.num_attention_heads, model.num_key_value_heads))
+        for stage in schedule.stages:
+            for spec in set(stage.plan(model.num_hidden_layers)):
+                if spec.kind in BACKENDS[name].kinds:
+                    resolve(name, query, key, spec)
+    except ValueError as error:
+        raise ValueError(f"attention.{error}") from None
 
 
 def check_store(config: Config, schedule: Schedule, stores: Path) -> None:

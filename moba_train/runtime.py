@@ -48,14 +48,15 @@ def start(launch: LaunchConfig) -> Runtime:
     else:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(launch.threads or max(1, cores // world_size))
+    gpu = device if device.type == "cuda" else None
     backend = "nccl" if device.type == "cuda" else "gloo"
     if world_size == 1:
         # An in-process store: a single process needs no port and no second process.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
-    else:
         dist.init_process_group(
-            backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if device.type == "cuda" else None
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT, device_id=gpu
         )
+    else:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=gpu)
     configure_logging(rank)
     return Runtime(rank, world_size, local_rank, device)
 

@@ -143,7 +143,7 @@ def test_plans_that_do_not_fit_are_refused() -> None:
         ours(torch.randint(300, (1, 20)), use_cache=False)
     with pytest.raises(ValueError, match="2 entries for 3 layers"):
         hf_attention.set_plan(ours, [FULL] * 2)
-    with pytest.raises(ValueError, match=r"attention\.backend=fast is unknown: choose from auto, .*reference"):
+    with pytest.raises(ValueError, match=r"backend=fast is unknown: choose from auto, .*reference"):
         hf_attention.set_plan(ours, [FULL] * 3, backend="fast")
 
 
@@ -155,3 +155,11 @@ def test_a_dense_checkpoint_loads_and_saves_unchanged(tmp_path) -> None:
     ours.save_pretrained(tmp_path / "again")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "dense" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_a_named_backend_computes_its_kinds_and_leaves_the_others_to_auto() -> None:
+    _, ours = pair()
+    hf_attention.set_plan(ours, [MOBA, MOBA, FULL], backend="triton")
+    assert [layer.self_attn.attention_backend for layer in ours.model.layers] == ["triton", "triton", "auto"]
+    with pytest.raises(ValueError, match="backend=triton cannot run here: it needs a CUDA device"):
+        ours(torch.randint(300, (1, 20)), use_cache=False)

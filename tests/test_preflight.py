@@ -141,3 +141,8 @@ def test_a_model_folder_without_weights(tiny_config: Config, tmp_path: Path) -> 
     refuses(tiny_config, "holds no config.json")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     refuses(tiny_config, "holds no weights")
+
+
+def test_a_backend_that_cannot_run_here_is_found_out_before_the_run(tiny_config: Config) -> None:
+    tiny_config.attention.backend = "triton"
+    refuses(tiny_config, "attention.backend=triton cannot run here: it needs a CUDA device")

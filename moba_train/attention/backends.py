@@ -15,8 +15,9 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
+from moba_train.attention import adapters
 from moba_train.attention.reference import reference
-from moba_train.attention.spec import AttentionSpec
+from moba_train.attention.spec import KINDS, AttentionSpec
 from moba_train.attention.varlen import refuses as varlen_refuses
 from moba_train.attention.varlen import varlen
 
@@ -27,10 +28,11 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor, int, AttentionSpec
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation, and a function that says why it cannot serve (query, key, spec): None if it can."""
+    """An implementation, a function that says why it cannot serve (query, key, spec), None if it can, and its kinds."""
 
     function: AttentionFunction
     refuses: Callable[[Tensor, Tensor, AttentionSpec], str | None]
+    kinds: tuple[str, ...] = KINDS
 
 
 def _triton(
@@ -51,11 +53,22 @@ def _triton_refuses(query: Tensor, key: Tensor, spec: AttentionSpec) -> str | No
     return refuses(query, key, spec)
 
 
-BACKENDS: dict[str, Backend] = {  # in the order in which `auto` tries them
-    "triton": Backend(_triton, _triton_refuses),
+BACKENDS: dict[str, Backend] = {  # in the order in which `auto` tries them: none after `reference`
+    "triton": Backend(_triton, _triton_refuses, kinds=("moba",)),
     "varlen": Backend(varlen, varlen_refuses),
     "reference": Backend(reference, lambda query, key, spec: None),
+    "flash_moba": Backend(adapters.flash_moba, adapters.flash_moba_refuses, kinds=("moba",)),
+    "moonshot": Backend(adapters.moonshot, adapters.moonshot_refuses, kinds=("moba",)),
 }
+
+
+def check_name(name: str) -> None:
+    """
+    Raises:
+        ValueError: ``name`` is neither ``auto`` nor a backend; lists them.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend={name} is unknown: choose from auto, {', '.join(BACKENDS)}")
 
 
 def resolve(name: str, query: Tensor, key: Tensor, spec: AttentionSpec) -> AttentionFunction:
@@ -80,11 +93,10 @@ def resolve(name: str, query: Tensor, key: Tensor, spec: AttentionSpec) -> Atten
                 return backend.function
             refusals.append(f"{candidate}: {reason}")
         raise AssertionError("reference refuses nothing")
-    if name not in BACKENDS:
-        raise ValueError(f"backend: unknown {name!r}; choose from auto, {', '.join(BACKENDS)}")
+    check_name(name)
     reason = BACKENDS[name].refuses(query, key, spec)
     if reason is not None:
-        raise ValueError(f"backend {name} cannot run here: {reason}; choose another, or auto")
+        raise ValueError(f"backend={name} cannot run here: {reason}; choose another, or auto")
     return BACKENDS[name].function
 
 

@@ -26,7 +26,10 @@ def run_hydra(config_name: str, job: Callable[[DictConfig], object], arguments: 
         ValueError: one line, for an override that cannot be read, an unknown key or config, or a wrong type.
     """
     register()
-    sys.argv = [f"moba-train {config_name}", *arguments]  # Hydra reads its overrides there
+    # Hydra reads its arguments there, and takes options only before overrides.
+    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    options = [argument for argument in arguments if argument not in overrides]
+    sys.argv = [f"moba-train {config_name}", *options, *overrides]
     # Without this Hydra prints several lines of its own for each fault and ends the process.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:

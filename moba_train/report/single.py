@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from omegaconf import OmegaConf
 
+from moba_train.redact import redact
 from moba_train.report import figures
 from moba_train.report.page import ABSENT, Picture, Section, Table, Tile, html, loss_text, rate_text, share_text
 from moba_train.report.runs import Point, Run
 from moba_train.report.theme import render
-from moba_train.redact import redact
 from moba_train.tracking import format_amount, format_duration
 
 
