@@ -263,6 +263,6 @@ def main(arguments: list[str] | None = None) -> None:
         if options.cases is None or case.name in options.cases:
             rows.append(measure(case, rates))
             show(rows[-1])
+            options.output.write_text(json.dumps({**about, "ceilings": rates, "cases": rows}, indent=1) + "\n")
             torch.cuda.empty_cache()
-    options.output.write_text(json.dumps({**about, "ceilings": rates, "cases": rows}, indent=1) + "\n")
     figure(rows, options.output.with_suffix(".png"))

@@ -6,7 +6,10 @@ route     choices (by query) -> lists of queries (by block)
 forward   listed queries against their block: partial outputs
 merge     causal attention in the own block, and the merge with the partial outputs
 backward  the gradients, from the same lists
-op        the steps as differentiable PyTorch operators, and their workspace
+plan      tile sizes, and chunks that keep the workspace bounded
+launch    the steps in order, chunk by chunk
+op        forward and backward as PyTorch operators, and the backend
+rows      what several kernels share
 
 Shapes, besides the package's letters: R = top_k - 1 chosen blocks of a query. A kv head serves W = T * G rows, row
 w = t * G + g being query head k * G + g at token t, and their W * R choices: entry e = w * R + r. P parts of the tokens
