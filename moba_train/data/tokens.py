@@ -223,10 +223,13 @@ def _check(split: Split, tallies: list[Tally], min_tokens: int) -> None:
     if not any(tally.documents for tally in tallies):
         names = ", ".join(repr(source.name) for source, _ in split.sources)
         records = sum(t.records for t in tallies)
+        fix = f"name data.{split.name} sources that have some"
+        if split.of_train:
+            fix = "raise data.heldout_fraction, or name data.heldout sources"
         raise ValueError(
             f"the {split.name} split holds no document: sources {names} gave {records} records, "
             f"{sum(t.empty for t in tallies)} empty, {sum(t.short for t in tallies)} shorter than "
-            f"data.min_document_tokens={min_tokens}; name data.{split.name} sources that have some"
+            f"data.min_document_tokens={min_tokens}; {fix}"
         )
 
 
