@@ -169,6 +169,20 @@ def test_a_run_that_stands(settings: list[str], refused, tmp_path: Path, monkeyp
     assert (folder / "resolved.yaml").read_bytes() == before
 
 
+@pytest.mark.parametrize(("values", "expected"), [("0,2", 2), ("2,3", 7)], ids=["a bad setting", "failed runs"])
+def test_a_sweep_goes_on_past_a_point_that_fails(
+    settings: list[str], monkeypatch, capsys, tmp_path: Path, values: str, expected: int
+) -> None:
+    started: list[Path] = []
+    monkeypatch.setattr(launch, "run", lambda config, file: started.append(file) or 7)
+    assert cli.run(["train", "--multirun", *settings, f"attention.top_k={values}"]) == expected
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 2, lines
+    (sweep,) = (tmp_path / "runs").iterdir()
+    assert started and all(file.parent.parent == sweep for file in started)
+    assert [resolved.load(file).attention.top_k for file in started] == ([2] if expected == 2 else [2, 3])
+
+
 def test_other_verbs(refused) -> None:
     assert refused(verb="nope").startswith("unknown verb 'nope': choose from train, prepare, ")
     assert refused(verb="report") == "run is not given: moba-train report run=DIRECTORY"

@@ -58,6 +58,7 @@ def test_only_plain_fp32_is_clipped_here() -> None:
     assert sharded["bf16"] == {"enabled": True}
 
 
+@pytest.mark.distributed
 def test_bf16_with_recomputation_learns(tiny_config: Config, tmp_path: Path) -> None:
     """A whole run in bf16 under ZeRO 1, with activation checkpointing."""
     tiny_config.train.precision, tiny_config.train.zero_stage = Precision.bf16, 1

@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
         return read_result(folder)["trailing_loss"]
 
     run_hydra("train", job, arguments)
-    if len(folders) > 1:
+    if len(folders) > 1 and any((folder / "result.json").is_file() for folder in folders):
         from moba_train import report
 
         page = report.build(folders[0].parent)
