@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from moba_train.data.tokenizer import load_tokenizer
@@ -18,6 +19,9 @@ def export(model: PreTrainedModel, tokenizer: str, folder: Path, runtime: Runtim
 
     MoBA adds no parameter, so the folder is that of a dense model of the same architecture. All ranks call it: under
     ZeRO-3 the parameters are gathered from all of them.
+
+    Raises:
+        ValueError: the weights could not be written.
     """
     import deepspeed
 
@@ -26,7 +30,13 @@ def export(model: PreTrainedModel, tokenizer: str, folder: Path, runtime: Runtim
     with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
         if runtime.is_main:
             shutil.rmtree(partial, ignore_errors=True)
-            model.save_pretrained(partial)
+            try:
+                model.save_pretrained(partial)
+            except SafetensorError as error:  # its way to tell of a full disk
+                shutil.rmtree(partial, ignore_errors=True)
+                raise ValueError(
+                    f"model {folder} could not be written ({error}): make room, and go on with run.resume=auto"
+                ) from None
             load_tokenizer(tokenizer).save(partial)
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(partial, folder)

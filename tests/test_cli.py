@@ -193,6 +193,24 @@ def test_other_verbs(refused) -> None:
     assert "attention.blok" in refused("attention.blok=1", verb="prepare")
 
 
+def test_a_place_that_cannot_be_written(refused, tmp_path: Path, monkeypatch) -> None:
+    from moba_train import report
+
+    monkeypatch.setattr(report, "build", lambda run, out: out.mkdir(parents=True))
+    assert refused("run=/nope", "out=/dev/null/x", verb="report") == "/dev/null/x: Not a directory"
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch, capsys) -> None:
+    from moba_train.commands import report
+
+    def interrupted(arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "main", interrupted)
+    assert cli.run(["report", "run=/nope"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_help_and_version(capsys) -> None:
     for arguments in ([], ["--help"], ["train", "--help"], ["--version"]):
         assert cli.run(arguments) == 0
