@@ -1,6 +1,6 @@
 """What a rank does when it cannot go on: one line, an exit code, and nothing lost that was saved before.
 
-Those that need more than one whole run stand with the distributed ones, for their time.
+They stand with the distributed ones for their time: most need a whole run and another.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from moba_train.config import Config
 from moba_train.metrics_file import read_rows
 from moba_train.parallel import launch
 from tiny import run_worker
+
+pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,6 @@ def test_no_whole_checkpoint_ends_the_run(tiny_config: Config, tmp_path: Path) -
     assert not (folder / "metrics.jsonl").exists()
 
 
-@pytest.mark.distributed
 def test_a_disk_that_fills_up_leaves_the_older_checkpoint(finished: Path, tiny_config: Config, tmp_path: Path) -> None:
     """Writes fail for real here, past a file size that metrics.jsonl does not reach and a checkpoint's files do."""
     folder = tmp_path / "run"
@@ -75,7 +76,6 @@ def test_a_disk_that_fills_up_leaves_the_older_checkpoint(finished: Path, tiny_c
     assert [row["step"] for row in read_rows(folder / "metrics.jsonl") if "train/loss" in row] == [1, 2, 3, 4]
 
 
-@pytest.mark.distributed
 @pytest.mark.xfail(strict=True, reason="train() enters no stage where none is left, so the export has the first RoPE")
 def test_a_finished_run_that_goes_on_exports_the_same_model(
     finished: Path, tiny_config: Config, tmp_path: Path
@@ -107,7 +107,6 @@ sys.exit(worker.main())
 """
 
 
-@pytest.mark.distributed
 def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_saved(tiny_config: Config, tmp_path: Path) -> None:
     tiny_config.checkpoint.every_steps = 1
     folder = tmp_path / "run"
