@@ -26,7 +26,6 @@ kernels = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="runs in the process that the last test starts"
 )
 SHARED = {
-    "several_documents",
     "empty_segments",
     "many_short_documents",
     "own_block_only",
@@ -146,7 +145,7 @@ def test_chunks_change_nothing(monkeypatch, block_size):
 @kernels
 def test_a_repeat_changes_no_bit():
     op, _, _ = modules()
-    case = Case("repeat", (100, 33))
+    case = Case("repeat", (50, 33), heads=2, kv_heads=1)
     first, again = (attend(op.triton_attention, case, case.spec, case.tensors(DEVICE, DTYPE)) for _ in range(2))
     assert all(torch.equal(again[name], first[name]) for name in first)
 
@@ -154,7 +153,7 @@ def test_a_repeat_changes_no_bit():
 @kernels
 def test_no_kernel_reads_what_none_wrote(monkeypatch):
     op, _, _ = modules()
-    case = Case("poison", (75, 0, 40), top_k=3)
+    case = Case("poison", (75, 0, 40), heads=2, kv_heads=1)
     tensors = case.tensors(DEVICE, DTYPE)
     clean = attend(op.triton_attention, case, case.spec, tensors)
     empty = torch.empty
@@ -223,7 +222,7 @@ def test_the_benchmark_s_check_tells_right_from_wrong(monkeypatch):
     import bench_attention_check as check
 
     monkeypatch.setattr(check, "ROWS", 8)
-    case = Case("judge", (90, 60), top_k=3)
+    case = Case("judge", (90, 60), heads=2, kv_heads=1)
     query, key, value, d_out = case.tensors(DEVICE, DTYPE)
     blocks, choices = choices_of(case, query, key)
     bounds = (blocks.bounds, blocks.first, blocks.of_token)
