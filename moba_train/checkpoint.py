@@ -124,6 +124,35 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
+def newest_for_all(folder: Path, runtime: Runtime) -> Path | None:
+    """``newest_whole`` of rank 0, on every rank; the files are read once.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is whole, or it was made by another number of processes.
+    """
+    found: list[Any] = [None]
+    if runtime.is_main:
+        try:
+            newest = newest_whole(folder)
+            if newest:
+                _check_ranks(newest, runtime)
+            found = [newest]
+        except CheckpointError as error:
+            found = [error]
+    dist.broadcast_object_list(found, src=0, device=runtime.device)
+    if isinstance(found[0], CheckpointError):
+        raise found[0]
+    return found[0]
+
+
+def _check_ranks(path: Path, runtime: Runtime) -> None:
+    ranks = len(list(path.glob("rank_*.json")))
+    if ranks != runtime.world_size:
+        raise CheckpointError(
+            f"{path} was saved by {ranks} processes and this run has {runtime.world_size}: set launch.processes={ranks}"
+        )
+
+
 def verify(path: Path) -> None:
     """Compare every file with the manifest.
 
@@ -150,25 +179,16 @@ def read_state(path: Path) -> dict[str, Any]:
     return json.loads((path / "state.json").read_text())
 
 
-def load(path: Path, engine, runtime: Runtime) -> dict[str, Any]:
-    """Restore engine and random-number generators from a checkpoint that ``verify`` passed; all ranks call it.
-
-    Returns:
-        What ``save`` was given as ``state``.
+def load(path: Path, engine, runtime: Runtime) -> None:
+    """Restore engine and random-number generators from a checkpoint of ``newest_for_all``; all ranks call it.
 
     Raises:
-        CheckpointError: it was made by another number of processes.
+        CheckpointError: DeepSpeed finds nothing to load in it.
     """
-    ranks = len(list(path.glob("rank_*.json")))
-    if ranks != runtime.world_size:
-        raise CheckpointError(
-            f"{path} was saved by {ranks} processes and this run has {runtime.world_size}: set launch.processes={ranks}"
-        )
     loaded, _ = engine.load_checkpoint(str(path), tag=_TAG)
     if loaded is None:
         raise CheckpointError(f"{path / _TAG} holds nothing that DeepSpeed can load")
     _restore_random_state(json.loads((path / f"rank_{runtime.rank:05d}.json").read_text()))
-    return read_state(path)
 
 
 def _random_state() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,9 @@ class Run:
     schedule: Schedule
     model: PreTrainedModel
     engine: Any  # deepspeed.DeepSpeedEngine around TokenLosses(model)
-    store: TokenStore
-    heldout: list[Batch]  # this rank's share
+    store: TokenStore  # to train on
+    heldout: TokenStore
+    heldout_batches: list[Batch]  # this rank's share
     tracker: Tracker | None  # rank 0's
     throughput: Throughput
     own_rope: dict[str, Any]  # rope_parameters as loaded, before any stage
@@ -83,15 +84,11 @@ def build(config: Config, folder: Path, runtime: Runtime) -> Run:
     losses = TokenLosses(model, config.train.loss_tile_tokens)
     engine = build_engine(losses, build_optimizer(losses, config.optimizer), config.train, runtime)
     stores = prepare_store(config.data, tokenizer_path(config.model), progress=False)
-    heldout = heldout_batches(
-        TokenStore.open(stores / "heldout"),
-        schedule.longest_context,
-        config.evaluate.rows,
-        runtime.rank,
-        runtime.world_size,
-    )
-    newest = checkpoint.newest_whole(folder / "checkpoints")
-    step = checkpoint.read_state(newest)["step"] if newest else 0
+    store, heldout = (TokenStore.open(stores / split) for split in ("train", "heldout"))
+    newest = checkpoint.newest_for_all(folder / "checkpoints", runtime)
+    state: dict[str, Any] = checkpoint.read_state(newest) if newest else {"step": 0}
+    if newest:  # before anything in the run directory is touched
+        _check_stores(state, store, heldout)
     run = Run(
         config=config,
         folder=folder,
@@ -99,16 +96,18 @@ def build(config: Config, folder: Path, runtime: Runtime) -> Run:
         schedule=schedule,
         model=model,
         engine=engine,
-        store=TokenStore.open(stores / "train"),
+        store=store,
         heldout=heldout,
-        tracker=Tracker(folder, config.wandb, _as_dict(config), step) if runtime.is_main else None,
+        heldout_batches=heldout_batches(
+            heldout, schedule.longest_context, config.evaluate.rows, runtime.rank, runtime.world_size
+        ),
+        tracker=Tracker(folder, config.wandb, asdict(config), state["step"]) if runtime.is_main else None,
         throughput=Throughput(peak_flops(runtime.device, DTYPES[config.train.precision]) * runtime.world_size),
         own_rope=own_rope,
-        step=step,
+        step=state["step"],
     )
     if newest:  # last of all: nothing may draw a random number between this and the next step
-        state = checkpoint.load(newest, engine, runtime)
-        _check_store(state, run.store)
+        checkpoint.load(newest, engine, runtime)
         run.seconds_before = state["seconds"]
         run.throughput.tokens, run.throughput.seconds = state["training_tokens_and_seconds"]
     return run
@@ -140,6 +139,8 @@ def train(run: Run) -> None:
         if run.step == schedule.total_steps or _due(run.step, config.checkpoint.every_steps):
             save(run)
 
+    if run.stage is None:  # resumed when all steps were done: the export needs the last stage's RoPE
+        enter(run, schedule.stages[-1])
     if config.checkpoint.export:
         with run.throughput.pause():
             export(run.model, tokenizer_path(config.model), run.folder / "model", run.runtime)
@@ -243,7 +244,7 @@ def evaluate(run: Run, point: str) -> None:
         set_rope(run.model, run.own_rope, context)
     with run.throughput.pause():
         bin_size = run.config.position_loss.bin_size
-        row = dict(position_loss(run.engine.module, run.heldout, context, bin_size, run.runtime.device))
+        row = dict(position_loss(run.engine.module, run.heldout_batches, context, bin_size, run.runtime.device))
     log_row(run, {**row, "eval/point": point})
 
 
@@ -276,7 +277,7 @@ def save(run: Run) -> None:
         "stage": run.stage.name,
         "rope_parameters": run.model.config.rope_parameters,
         "rows": run.loader.state_dict()["rows"],
-        "store": run.store.manifest["sha256"],
+        "stores": _contents(run.store, run.heldout),
         "seconds": run.seconds,
         "training_tokens_and_seconds": [run.throughput.tokens, run.throughput.seconds],
     }
@@ -289,12 +290,17 @@ def say(run: Run, text: str) -> None:
         log.info("%s", text)
 
 
-def _check_store(state: dict[str, Any], store: TokenStore) -> None:
-    if state["store"] != store.manifest["sha256"]:
-        raise ValueError(
-            f"the token store {store.path} is not the one this run was started on (its tokens differ): restore the "
-            f"documents, or choose another run.name"
-        )
+def _contents(*stores: TokenStore) -> list[str]:
+    return [store.manifest["sha256"] for store in stores]
+
+
+def _check_stores(state: dict[str, Any], *stores: TokenStore) -> None:
+    for store, before, now in zip(stores, state["stores"], _contents(*stores), strict=True):
+        if before != now:
+            raise ValueError(
+                f"the token store {store.path} is not the one this run was started on (its tokens differ): restore the "
+                f"documents, or choose another run.name"
+            )
 
 
 def _packing(loader: RowLoader) -> str:
@@ -304,9 +310,3 @@ def _packing(loader: RowLoader) -> str:
 
 def _due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
-
-
-def _as_dict(config: Config) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(config)

@@ -76,7 +76,6 @@ def test_a_disk_that_fills_up_leaves_the_older_checkpoint(finished: Path, tiny_c
     assert [row["step"] for row in read_rows(folder / "metrics.jsonl") if "train/loss" in row] == [1, 2, 3, 4]
 
 
-@pytest.mark.xfail(strict=True, reason="train() enters no stage where none is left, so the export has the first RoPE")
 def test_a_finished_run_that_goes_on_exports_the_same_model(
     finished: Path, tiny_config: Config, tmp_path: Path
 ) -> None:
