@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from moba_train import durable
 from moba_train.runtime import Runtime, log
 
 _NAME = re.compile(r"step_(\d{8,})")
@@ -78,7 +79,7 @@ def _commit(partial: Path, final: Path, keep: int) -> None:
     if final.exists():  # damaged: the run went on from an older one and came here again
         _remove(final)
     os.rename(partial, final)
-    _flush(folder)
+    durable.flush(folder)
     committed = list_checkpoints(folder)
     here = committed.index(final) + 1
     # Those of later steps were damaged and passed over, like one of this very step.
@@ -238,12 +239,4 @@ def _write_json(file: Path, value: Any) -> None:
 
 def _flush_tree(folder: Path) -> None:
     for path in [folder, *folder.rglob("*")]:
-        _flush(path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        durable.flush(path)

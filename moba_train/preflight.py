@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from moba_train import checkpoint, resolved
+from moba_train import checkpoint, durable, resolved
 from moba_train.attention.backends import BACKENDS, check_name, resolve
 from moba_train.config import Config, Resume
 from moba_train.data.store import TokenStore
@@ -144,9 +144,7 @@ def open_folder(config: Config, folder: Path) -> None:
         )
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        partial = folder / f".{resolved.FILE}.partial"
-        partial.write_text(resolved.to_yaml(config))
-        os.replace(partial, folder / resolved.FILE)
+        durable.write(folder / resolved.FILE, resolved.to_yaml(config))
     except OSError as error:
         raise _unwritable(folder, error.strerror) from None
 

@@ -16,6 +16,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from moba_train import durable
 from moba_train.config import WandbConfig, WandbMode
 from moba_train.metrics_file import read_rows
 from moba_train.redact import redact
@@ -219,12 +220,7 @@ def _cut(path: Path, first_step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in read_rows(path) if 0 < first_step >= row["step"]]
-    part = path.with_suffix(".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    durable.write(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _stable_id(run_dir: Path) -> str:

@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from moba_train import resolved
+from moba_train import durable, resolved
 from moba_train.metrics_file import read_rows
 from moba_train.parallel import lifetime
 from moba_train.runtime import finish, start
@@ -88,9 +87,7 @@ def write_result(run: Run) -> None:
         "tokens_per_second": run.throughput.tokens / run.throughput.seconds if run.throughput.seconds else None,
         "points": points,
     }
-    partial = run.folder / f".{RESULT}.partial"
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(partial, run.folder / RESULT)
+    durable.write(run.folder / RESULT, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

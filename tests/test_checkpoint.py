@@ -118,7 +118,7 @@ def operations(monkeypatch, engine: type[Engine], fail_at: int, error: BaseExcep
 
     watch(engine, "save_checkpoint", half_saved)
     watch(checkpoint, "_write_json", lambda file, value: file.write_text("{"))
-    watch(checkpoint, "_flush")
+    watch(checkpoint.durable, "flush")
     watch(os, "rename")
     watch(shutil, "rmtree", half_removed)
     return seen

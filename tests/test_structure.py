@@ -13,7 +13,7 @@ PACKAGE = ROOT / "moba_train"
 
 # From the ground up. A package (attention, data, …) is one floor's worth: inside it imports are free.
 FLOORS = [
-    "config embedded redact metrics_file attention",
+    "config durable embedded redact metrics_file attention",
     "runtime cost loss rope optimizer data resolved validate hf_attention recompute",
     "schedule tracking model metrics fetch",
     "batch parallel checkpoint export summary report",

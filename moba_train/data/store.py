@@ -22,6 +22,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from moba_train import durable
+
 FORMAT = 2
 MANIFEST = "manifest.json"
 
@@ -169,7 +171,7 @@ class StoreWriter:
         }
         os.replace(self.path / "next.tokens", self.path / f"{name}.tokens")
         os.replace(table, self.path / f"{name}.documents.npy")
-        _sync_folder(self.path)  # the record below must not outlive the names it speaks of
+        durable.flush(self.path)  # the record below must not outlive the names it speaks of
         write_json(self.path / f"{name}.json", {"shard": shard, "state": state})
         self.shards.append(shard)
         self.state = state
@@ -199,23 +201,10 @@ def _read_tables(path: Path, names: list[str]) -> np.ndarray:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write ``path`` whole or not at all, and flush it and its name to disk."""
-    temporary = path.with_name(f"next.{path.name}")
-    stream = temporary.open("wb")
-    stream.write(json.dumps(content, indent=1, ensure_ascii=False).encode())
-    _sync_and_close(stream)
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
+    durable.write(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def _sync_and_close(stream: IO[bytes]) -> None:
     stream.flush()
     os.fsync(stream.fileno())
     stream.close()
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

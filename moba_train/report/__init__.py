@@ -7,10 +7,10 @@ were varied).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from moba_train import durable
 from moba_train.report.comparison import comparison_page
 from moba_train.report.runs import read_runs
 from moba_train.report.single import single_page
@@ -42,14 +42,7 @@ def build(paths: Path | Sequence[Path], out: Path | None = None) -> Path:
     page, pictures = single_page(runs[0]) if single else comparison_page(runs, paths)
     out.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
-        _write(out / f"{picture.stem}.png", picture.light)
-        _write(out / f"{picture.stem}-dark.png", picture.dark)
-    _write(out / PAGE, page.encode("utf-8"))
+        durable.write(out / f"{picture.stem}.png", picture.light)
+        durable.write(out / f"{picture.stem}-dark.png", picture.dark)
+    durable.write(out / PAGE, page)
     return out / PAGE
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Replace ``path`` whole: a reader sees the old page or the new one."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
