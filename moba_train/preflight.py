@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from moba_train import checkpoint, durable, resolved
 from moba_train.attention.backends import BACKENDS, check_name, resolve
 from moba_train.config import Config, Resume
+from moba_train.data.mix import build_mix, check_mix, stage_mix
 from moba_train.data.store import TokenStore
 from moba_train.data.tokenizer import load_tokenizer
 from moba_train.loss import refuse_changed_logits
@@ -47,6 +48,8 @@ def check_model(config: Config, schedule: Schedule) -> None:
                 f"set it to at most {layers}"
             )
         parameters = rope_parameters(parameters, stage.rope)
+        settings, key = stage_mix(config, stage.index)
+        check_mix(settings, [source.name for source in config.data.train], key)
     if getattr(model, "sliding_window", None) is not None and getattr(model, "use_sliding_window", True):
         raise ValueError(
             f"{config.model.name} has sliding_window={model.sliding_window}, which moba and full do not compute: "
@@ -89,6 +92,8 @@ def check_store(config: Config, schedule: Schedule, stores: Path) -> None:
                 f"context_length={stage.context_length} of stage {stage.name} is reached by no training document: the "
                 f"longest of {config.data.name} has {longest} tokens. Set it to at most that, or add longer documents"
             )
+        settings, key = stage_mix(config, stage.index)
+        build_mix(store, stage.context_length, config.run.seed + stage.index, settings, key)
     heldout = TokenStore.open(stores / "heldout")
     longest = int(heldout.lengths.max(initial=0))
     if longest < schedule.longest_context:

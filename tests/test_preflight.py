@@ -146,3 +146,13 @@ def test_a_model_folder_without_weights(tiny_config: Config, tmp_path: Path) -> 
 def test_a_backend_that_cannot_run_here_is_found_out_before_the_run(tiny_config: Config) -> None:
     tiny_config.attention.backend = "triton"
     refuses(tiny_config, "attention.backend=triton cannot run here: it needs a CUDA device")
+
+
+def test_a_mix_that_its_sources_cannot_give_is_found_out_before_the_run(tiny_config: Config) -> None:
+    tiny_config.data.mix.weights = {"elsewhere": 1.0}
+    refuses(tiny_config, r"data\.mix\.weights names 'elsewhere', no source of the data: choose from train")
+    tiny_config.data.mix.weights = {}
+    tiny_config.data.mix.min_length = 10**6
+    stores = prepare_store(tiny_config.data, str(tiny_config.model.tokenizer), progress=False)
+    with pytest.raises(ValueError, match="data.mix"):
+        preflight.check_store(tiny_config, build_schedule(tiny_config), stores)

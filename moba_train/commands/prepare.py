@@ -14,6 +14,7 @@ from moba_train.data.documents import DROPPED
 from moba_train.data.store import TokenStore
 from moba_train.data.tokens import prepare_store
 from moba_train.model import tokenizer_path
+from moba_train.validate import validate
 
 
 def main(arguments: list[str]) -> int:
@@ -23,6 +24,7 @@ def main(arguments: list[str]) -> int:
 
 def _job(composed: DictConfig) -> None:
     config = resolved.to_config(composed)
+    validate(config)
     stores = prepare_store(config.data, tokenizer_path(config.model))
     for split in ("train", "heldout"):
         if not (stores / split).is_dir():
