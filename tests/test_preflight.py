@@ -154,5 +154,5 @@ def test_a_mix_that_its_sources_cannot_give_is_found_out_before_the_run(tiny_con
     tiny_config.data.mix.weights = {}
     tiny_config.data.mix.min_length = 10**6
     stores = prepare_store(tiny_config.data, str(tiny_config.model.tokenizer), progress=False)
-    with pytest.raises(ValueError, match="data.mix"):
+    with pytest.raises(ValueError, match=r"data\.mix"):
         preflight.check_store(tiny_config, build_schedule(tiny_config), stores)
