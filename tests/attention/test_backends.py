@@ -17,7 +17,16 @@ from moba_train.attention.reference import reference
 FULL = AttentionSpec("full")
 
 
-@pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
+NEED_CUDA = {"triton", "flash_moba", "moonshot"}  # triton's kernels run on a CPU in test_kernels.py
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.gpu] if name in NEED_CUDA else [])
+        for name in BACKENDS
+        if name != "reference"
+    ]
+)
 def backend(request) -> str:
     return request.param
 
