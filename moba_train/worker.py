@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from moba_train.runtime import finish, start
 from moba_train.train import Run, build, train
 
 RESULT = "result.json"
+_GIVE_WAY_SECONDS = {"rank 0": 2.0, "others": 15.0}  # rank 0 first tells W&B, and that takes some seconds
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -30,7 +33,6 @@ def main() -> int:
     parser.add_argument("--config", type=Path, required=True, help="resolved.yaml in the run directory")
     parser.add_argument("--local_rank", type=int, help="accepted from the deepspeed launcher; LOCAL_RANK counts")
     arguments = parser.parse_args()
-    lifetime.follow_launcher()
     folder = arguments.config.resolve().parent
     run: Run | None = None
     claimed = None
@@ -43,22 +45,24 @@ def main() -> int:
         train(run)
         code = 0
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _tell(str(error))
         code = 2
     except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _tell(str(error))
         code = 3
     except OSError as error:  # a full disk under metrics.jsonl or the export
         if error.errno not in _DISK:
+            _give_way()
             raise
-        print(
-            f"error: {error.filename or folder} cannot be written ({error.strerror}): make room, or mend the disk, and "
-            f"go on with run.resume=auto",
-            file=sys.stderr,
-            flush=True,
+        _tell(
+            f"{error.filename or folder} cannot be written ({error.strerror}): make room, or mend the disk, and go on "
+            f"with run.resume=auto"
         )
     except KeyboardInterrupt:
         code = 130
+    except Exception:  # also a collective that broke off because another rank has ended
+        _give_way()
+        raise
     finally:
         if run is not None and run.tracker is not None:
             run.tracker.close(failed=code != 0)
@@ -68,6 +72,24 @@ def main() -> int:
     if claimed is not None:
         claimed.close()
     return code
+
+
+def _tell(message: str) -> None:
+    """Print an error that ends the run: rank 0 at once, another only where rank 0 has not failed too."""
+    if _rank() > 0:
+        _give_way()
+        message = f"rank {_rank()}: {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _give_way() -> None:
+    """Where another rank has the cause to tell, the launcher ends this one meanwhile, and it is told once."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        time.sleep(_GIVE_WAY_SECONDS["others" if _rank() else "rank 0"])
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def write_result(run: Run) -> None:

@@ -24,7 +24,7 @@ from moba_train import resolved
 from moba_train.config import Config
 from moba_train.metrics_file import read_rows
 from moba_train.parallel import launch
-from tiny import checkpoint_tensors, run_worker
+from tiny import checkpoint_tensors, launch_command, run_worker
 
 pytestmark = pytest.mark.distributed
 
@@ -113,6 +113,40 @@ def test_a_checkpoint_of_two_processes_is_refused_by_one(run: Runs, tiny_config_
     assert "was saved by 2 processes" in done.stderr and "set launch.processes=2" in done.stderr
 
 
+def test_an_error_of_all_ranks_is_told_once(run: Runs, tiny_config_module: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "three"
+    shutil.copytree(run(1, 0) / "checkpoints", folder / "checkpoints")
+    done = run_worker(config_of(tiny_config_module, 2, 0), folder)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if "error" in line.lower() or "Traceback" in line]
+    assert len(lines) == 1 and "was saved by 1 processes" in lines[0], done.stderr
+
+
+FAULTY = """
+import os, sys
+from moba_train import train, worker
+step_engine = train.step_engine
+def planted(engine, settings):
+    if engine.global_steps == 2 and os.environ["RANK"] == "1":
+        raise FloatingPointError("planted")
+    return step_engine(engine, settings)
+train.step_engine = planted
+worker._GIVE_WAY_SECONDS["others"] = 2.0
+sys.exit(worker.main())
+"""
+
+
+def test_an_error_of_one_rank_names_it(tiny_config_module: Config, tmp_path: Path, capfd, monkeypatch) -> None:
+    config = config_of(tiny_config_module, 2, 0)
+    file = tmp_path / resolved.FILE
+    file.write_text(resolved.to_yaml(config))
+    monkeypatch.setattr(launch, "command", lambda file: [sys.executable, "-c", FAULTY, "--config", str(file)])
+    assert launch.run(config.launch, file) == 3
+    error = capfd.readouterr().err
+    assert "error: rank 1: planted\n" in error and error.count("error:") == 1
+    assert "Traceback" not in error
+
+
 def workers_of(folder: Path) -> list[int]:
     """Processes whose command line names this run."""
     found = []
@@ -126,16 +160,10 @@ def workers_of(folder: Path) -> list[int]:
 
 
 def start(config: Config, folder: Path) -> subprocess.Popen[bytes]:
-    """The launcher in a process of its own, as the command line is."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / resolved.FILE
-    file.write_text(resolved.to_yaml(config))
-    code = (
-        "import sys; from pathlib import Path; from moba_train import resolved; from moba_train.parallel import launch;"
-        "file = Path(sys.argv[1]); sys.exit(launch.run(resolved.load(file).launch, file))"
-    )
+    (folder / resolved.FILE).write_text(resolved.to_yaml(config))
     with (folder / "log").open("ab") as log:
-        return subprocess.Popen([sys.executable, "-c", code, str(file)], stdout=log, stderr=log)
+        return subprocess.Popen(launch_command(folder), stdout=log, stderr=log)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:
@@ -151,9 +179,9 @@ def test_a_signal_to_the_launcher_ends_all_processes(tiny_config_module: Config,
     launcher = start(config, tmp_path / "run")
     try:
         wait_for((tmp_path / "run/checkpoints/step_00000002").exists, 120)
-        assert len(workers_of(tmp_path / "run")) >= 4  # the launcher, torchrun and two ranks
+        assert len(workers_of(tmp_path / "run")) >= 3  # the launcher and two ranks
         launcher.send_signal(signal.SIGTERM)
-        assert launcher.wait(timeout=40) != 0
+        assert launcher.wait(timeout=40) == 128 + signal.SIGTERM
         wait_for(lambda: not workers_of(tmp_path / "run"), 5)
     finally:
         for pid in workers_of(tmp_path / "run"):
@@ -166,7 +194,7 @@ def test_kills_at_any_time_change_nothing(run: Runs, tiny_config_module: Config,
     config.checkpoint.every_steps = 1
     folder = tmp_path / "run"
     dice = random.Random(os.environ.get("MOBA_TRAIN_KILL_SEED", "3"))
-    command = launch.command(config.launch, folder / resolved.FILE)
+    command = launch.command(folder / resolved.FILE)
     folder.mkdir()
     (folder / resolved.FILE).write_text(resolved.to_yaml(config))
     log = (folder / "log").open("ab")

@@ -1,4 +1,4 @@
-"""Starting the processes: what their command line is, and that a signal to the launcher ends them all."""
+"""Starting the processes: what each is given, and that a failure of one or a signal to the launcher ends them all."""
 
 from __future__ import annotations
 
@@ -35,20 +35,18 @@ def alive(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-@pytest.mark.parametrize("processes", [1, 4])
-def test_command(processes: int) -> None:
-    command = launch.command(LaunchConfig(processes=processes), Path("/run/resolved.yaml"))
-    assert command[0] == sys.executable
-    assert command[-4:] == ["-m", "moba_train.worker", "--config", "/run/resolved.yaml"]
-    assert ("torch.distributed.run" in command) is (processes > 1)
-    assert (f"--nproc-per-node={processes}" in command) is (processes > 1)
+def test_each_process_has_its_rank() -> None:
+    environments = launch.environments(LaunchConfig(processes=3))
+    assert [environment["RANK"] for environment in environments] == ["0", "1", "2"]
+    assert [environment["LOCAL_RANK"] for environment in environments] == ["0", "1", "2"]
+    assert {environment["WORLD_SIZE"] for environment in environments} == {"3"}
+    assert len({environment["MASTER_PORT"] for environment in environments}) == 1
 
 
 def test_ports_of_concurrent_runs_differ() -> None:
-    commands = [launch.command(LaunchConfig(processes=2), Path("r")) for _ in range(3)]
-    ports = {part for command in commands for part in command if part.startswith("--master-port=")}
+    ports = {launch.environments(LaunchConfig(processes=2))[0]["MASTER_PORT"] for _ in range(3)}
     assert len(ports) == 3
-    assert "--master-port=29501" in launch.command(LaunchConfig(processes=2, port=29501), Path("r"))
+    assert launch.environments(LaunchConfig(processes=2, port=29501))[0]["MASTER_PORT"] == "29501"
 
 
 @pytest.mark.parametrize(
@@ -59,6 +57,25 @@ def test_exit_code(monkeypatch, code: str, expected: int) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     assert launch.run(LaunchConfig(), Path("resolved.yaml")) == expected
     assert signal.getsignal(signal.SIGTERM) is handler
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("sys.exit(3) if rank == 1 else time.sleep(60)", 3),
+        ("sys.exit(rank)", 1),
+        ("sys.exit(5) if rank == 0 else (signal.signal(signal.SIGTERM, signal.SIG_IGN), time.sleep(60))", 5),
+        ("None", 0),
+    ],
+    ids=["one fails", "the lowest rank's code", "one does not heed SIGTERM", "none fails"],
+)
+def test_one_that_fails_ends_the_others(monkeypatch, body: str, expected: int) -> None:
+    code = f"import os, signal, sys, time; rank = int(os.environ['RANK']); {body}"
+    monkeypatch.setattr(launch, "command", lambda *_: [sys.executable, "-c", code])
+    monkeypatch.setattr(launch, "_TERM_SECONDS", 0.5)
+    began = time.monotonic()
+    assert launch.run(LaunchConfig(processes=2), Path("resolved.yaml")) == expected
+    assert time.monotonic() - began < 20
 
 
 def test_environment_of_the_processes(monkeypatch, tmp_path: Path) -> None:
@@ -81,7 +98,6 @@ def test_a_signal_to_the_launcher_ends_the_process(number: signal.Signals) -> No
     assert launcher.stdout is not None
     child = int(launcher.stdout.readline())
     assert alive(child)
-    time.sleep(0.2)  # the handlers are set right after the child is started
     launcher.send_signal(number)
     assert launcher.wait(timeout=20) == 128 + number
     assert not alive(child)

@@ -61,7 +61,7 @@ def test_a_disk_that_fills_up_leaves_the_older_checkpoint(finished: Path, tiny_c
     limit = max(sizes) // 2
     assert (folder / "metrics.jsonl").stat().st_size < limit
     done = subprocess.run(
-        launch.command(tiny_config.launch, folder / resolved.FILE),
+        launch.command(folder / resolved.FILE),
         capture_output=True,
         text=True,
         timeout=120,

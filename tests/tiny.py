@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 
 from moba_train import resolved
 from moba_train.config import Config
-from moba_train.parallel import launch
 
 TINY_LLAMA = {
     "model_type": "llama",
@@ -27,13 +27,27 @@ TINY_LLAMA = {
 }
 
 
+LAUNCHER = """
+import sys
+from pathlib import Path
+from moba_train import resolved
+from moba_train.parallel import launch
+file = Path(sys.argv[1])
+sys.exit(launch.run(resolved.load(file).launch, file))
+"""
+
+
+def launch_command(folder: Path) -> list[str]:
+    """The launcher in a process of its own, as the command line is."""
+    return [sys.executable, "-c", LAUNCHER, str(folder / resolved.FILE)]
+
+
 def run_worker(config: Config, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a configuration in ``folder`` to its end, in a process of its own, as the command line does."""
+    """Run a configuration in ``folder`` to its end."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / resolved.FILE).write_text(resolved.to_yaml(config))
-    command = launch.command(config.launch, folder / resolved.FILE)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(launch_command(folder), capture_output=True, text=True, env=environment, timeout=300)
 
 
 def checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -8,26 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import os
 import signal
 import sys
 from pathlib import Path
 from typing import IO
 
-FOLLOW_PARENT = "MOBA_TRAIN_FOLLOW_PARENT"  # set by our launcher for all processes below it
 _PR_SET_PDEATHSIG = 1
 
 
 def follow_parent() -> None:
-    """End this process when its parent ends, however that ends. Does nothing outside Linux."""
+    """End this process when its parent ends, however that ends; also past an exec. Does nothing outside Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def follow_launcher() -> None:
-    """``follow_parent`` where our launcher started this process; one started by hand or by a cluster stays free."""
-    if os.environ.get(FOLLOW_PARENT):
-        follow_parent()
 
 
 def claim(folder: Path) -> IO[str]:
