@@ -23,6 +23,7 @@ from moba_train.data.tokens import prepare_store
 from moba_train.model import tokenizer_path
 from moba_train.report.data_figure import data_picture, format_length
 from moba_train.schedule import Stage, build_schedule
+from moba_train.validate import validate
 
 PICTURE = "inspect.png"
 MOST_PADDING = 0.01  # before a word is said
@@ -34,7 +35,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _job(composed: DictConfig) -> None:
-    show(resolved.to_config(composed), Console())
+    config = resolved.to_config(composed)
+    validate(config)
+    show(config, Console())
 
 
 def show(config: Config, console: Console) -> Path:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from moba_train.cli import run
 from moba_train.commands.inspect import show
 from moba_train.config import Config, MixConfig, SourceConfig
 
@@ -46,3 +48,12 @@ def test_mixes_of_stages(tiny_config: Config) -> None:
     assert ["again", "3", "3"] in rows  # left out: 3 records, 3 of them duplicates
     assert next(row[2] for row in rows if row[0] == "long" and row[2].endswith("%")) == "75.0%"
     assert "100.0% of them one full-length segment, 0.00% padding" in text
+
+
+@pytest.mark.parametrize("setting", ["train.tokens_per_step=0", "data.name=../outside"])
+def test_bad_settings_are_refused_first(setting: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", setting, f"data.store_dir={tmp_path}/store"]) == 2
+    key, value = setting.split("=")
+    message = capfd.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"error: {key}=") and value in message
+    assert not list(tmp_path.iterdir())
