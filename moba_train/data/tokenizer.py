@@ -64,12 +64,18 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """``path``: a ``tokenizer.json`` (or ``.json.xz``), a Hugging Face folder, or a name on the hub."""
+    """``path``: a ``tokenizer.json`` (or ``.json.xz``), a Hugging Face folder, or a hub name, ``owner/name``."""
     file = Path(path)
     if file.is_file():
         return _from_file(file)
-    if not file.is_dir() and (file.suffix in {".json", ".xz"} or file.is_absolute() or path.startswith(".")):
-        raise ValueError(f"tokenizer {path!r} does not exist; name a tokenizer.json, its folder or a hub name")
+    local = file.suffix in {".json", ".xz"} or file.is_absolute() or path.startswith(".")
+    # The hub is asked for owner/name alone: for any other name it would be retried for a minute before the same answer.
+    # That leaves out its few old names without an owner, which all have one by now.
+    if not file.is_dir() and (local or path.count("/") != 1):
+        raise ValueError(
+            f"tokenizer {path!r} does not exist; name a tokenizer.json, its folder, or owner/name on the hub "
+            "(gpt2 is openai-community/gpt2)"
+        )
     return _from_transformers(path)
 
 

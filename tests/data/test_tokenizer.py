@@ -70,9 +70,14 @@ def test_start_marking_models_are_not_cut() -> None:
     assert not Tokenizer(backend, 0, "made here").cuts_between_words()
 
 
-def test_bad_paths(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere\.json' does not exist"):
-        load_tokenizer("nowhere.json")
+@pytest.mark.parametrize("path", ["nowhere.json", "./nowhere", "/nowhere", "nowhere", "data/fetched/nowhere"])
+def test_what_is_no_hub_name_is_refused_without_asking_the_hub(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("moba_train.data.tokenizer._from_transformers")
+    with pytest.raises(ValueError, match=rf"tokenizer '{path}' does not exist; name .* owner/name on the hub"):
+        load_tokenizer(path)
+
+
+def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"version": 3}')
     with pytest.raises(ValueError, match="is not a tokenizers JSON file"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
