@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import IO
 
 import torch
 from transformers import PretrainedConfig
@@ -19,6 +20,7 @@ from moba_train.data.store import TokenStore
 from moba_train.data.tokenizer import load_tokenizer
 from moba_train.loss import refuse_changed_logits
 from moba_train.model import model_configuration, tokenizer_path
+from moba_train.parallel import lifetime
 from moba_train.rope import rope_parameters
 from moba_train.runtime import choose_device
 from moba_train.schedule import Schedule
@@ -136,11 +138,15 @@ def check_folder(config: Config, folder: Path) -> None:
         raise _unwritable(folder, f"no permission in {nearest}")
 
 
-def open_folder(config: Config, folder: Path) -> None:
-    """Make the run directory and write its ``resolved.yaml``, the worker's whole input.
+def open_folder(config: Config, folder: Path) -> IO[str]:
+    """Make the run directory, claim it and write its ``resolved.yaml``, the worker's whole input.
+
+    Returns:
+        The claim, which lasts as long as it is open.
 
     Raises:
-        ValueError: it cannot be written, or a setting holds a secret, which is not written to disk.
+        ValueError: it cannot be written, another process has it or has meanwhile made it another run's, or a setting
+            holds a secret, which is not written to disk.
     """
     if hidden := resolved.secrets(config):
         raise ValueError(
@@ -149,9 +155,18 @@ def open_folder(config: Config, folder: Path) -> None:
         )
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        durable.write(folder / resolved.FILE, resolved.to_yaml(config))
+        claim = lifetime.claim(folder)
     except OSError as error:
         raise _unwritable(folder, error.strerror) from None
+    try:
+        check_folder(config, folder)
+        durable.write(folder / resolved.FILE, resolved.to_yaml(config))
+    except BaseException as error:
+        claim.close()
+        if isinstance(error, OSError):
+            raise _unwritable(folder, error.strerror) from None
+        raise
+    return claim
 
 
 def _unwritable(folder: Path, why: str | None) -> ValueError:

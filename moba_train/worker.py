@@ -40,7 +40,7 @@ def main() -> int:
     try:
         config = resolved.load(arguments.config)
         runtime = start(config.launch)
-        claimed = lifetime.claim(folder) if runtime.is_main else None
+        claimed = lifetime.inherit_or_claim(folder) if runtime.is_main else None
         run = build(config, folder, runtime)
         train(run)
         code = 0

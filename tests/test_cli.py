@@ -53,7 +53,7 @@ def refused(settings: list[str], tmp_path: Path, monkeypatch, capsys):
 
 def test_the_settings_of_these_tests_would_start(settings: list[str], monkeypatch, capsys, tmp_path: Path) -> None:
     started: list[Path] = []
-    monkeypatch.setattr(launch, "run", lambda config, file: started.append(file) or 7)
+    monkeypatch.setattr(launch, "run", lambda config, file, claim: started.append(file) or 7)
     assert cli.run(["train", *settings]) == 7
     assert started == [tmp_path / "runs" / "first" / "resolved.yaml"]
     assert resolved.load(started[0]).attention.block_size == 128
@@ -174,7 +174,7 @@ def test_a_sweep_goes_on_past_a_point_that_fails(
     settings: list[str], monkeypatch, capsys, tmp_path: Path, values: str, expected: int
 ) -> None:
     started: list[Path] = []
-    monkeypatch.setattr(launch, "run", lambda config, file: started.append(file) or 7)
+    monkeypatch.setattr(launch, "run", lambda config, file, claim: started.append(file) or 7)
     assert cli.run(["train", "--multirun", *settings, f"attention.top_k={values}"]) == expected
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 2, lines

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from moba_train.config import LaunchConfig
-from moba_train.parallel import launch
+from moba_train.parallel import launch, lifetime
 
 REST = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
 LAUNCHER = f"""
@@ -88,6 +88,25 @@ def test_environment_of_the_processes(monkeypatch, tmp_path: Path) -> None:
     assert seen["OMP_NUM_THREADS"] == "3"
     assert seen["OMP_WAIT_POLICY"] == "ACTIVE"  # the user's own choice stands
     assert seen["TOKENIZERS_PARALLELISM"] == os.environ.get("TOKENIZERS_PARALLELISM", "false")
+
+
+def test_the_processes_share_a_claim(monkeypatch, tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from moba_train.parallel import lifetime
+folder = Path({str(tmp_path)!r})
+held = lifetime.inherit_or_claim(folder)
+try:
+    lifetime.claim(folder)
+except ValueError:
+    raise SystemExit(9)
+"""
+    monkeypatch.setattr(launch, "command", lambda *_: [sys.executable, "-c", code])
+    with lifetime.claim(tmp_path) as claim:
+        assert launch.run(LaunchConfig(processes=2), Path("resolved.yaml"), claim) == 9
+        with pytest.raises(ValueError, match="another process"):
+            lifetime.claim(tmp_path)
+    lifetime.claim(tmp_path).close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -32,10 +33,10 @@ def test_the_tiny_run_passes(tiny_config: Config, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "tiny"
     preflight.check_folder(tiny_config, folder)
     assert not folder.exists() and not folder.parent.exists()
-    preflight.open_folder(tiny_config, folder)
+    preflight.open_folder(tiny_config, folder).close()
     assert resolved.load(folder / resolved.FILE) == tiny_config
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert [path.name for path in folder.iterdir()] == [resolved.FILE]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", resolved.FILE]
 
 
 def test_the_plan_fits_the_model(tiny_config: Config) -> None:
@@ -100,7 +101,7 @@ def test_context_lengths_are_reached(tiny_config: Config, stage: int, context: i
 
 def test_a_run_that_stands(tiny_config: Config, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    preflight.open_folder(tiny_config, folder)
+    preflight.open_folder(tiny_config, folder).close()
     with pytest.raises(ValueError, match=r"run\.resume=never and .* holds a run already: set run\.resume=auto"):
         preflight.check_folder(tiny_config, folder)
     tiny_config.run.resume = Resume.must
@@ -111,6 +112,18 @@ def test_a_run_that_stands(tiny_config: Config, tmp_path: Path) -> None:
     tiny_config.run.seed = 3
     with pytest.raises(ValueError, match=r"started with other settings \(run\.seed: 0 -> 3\)"):
         preflight.check_folder(tiny_config, folder)
+
+
+def test_a_folder_has_one_writer(tiny_config: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    other = copy.deepcopy(tiny_config)
+    other.run.seed = 3
+    with preflight.open_folder(tiny_config, folder), pytest.raises(ValueError, match="written by another process"):
+        preflight.open_folder(other, folder)
+    assert resolved.load(folder / resolved.FILE) == tiny_config
+    with pytest.raises(ValueError, match=r"run\.resume=never"):
+        preflight.open_folder(other, folder)
+    assert resolved.load(folder / resolved.FILE) == tiny_config
 
 
 def test_checkpoints_without_settings_are_no_new_run(tiny_config: Config, tmp_path: Path) -> None:

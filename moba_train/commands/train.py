@@ -74,22 +74,22 @@ def run_one(config: Config) -> tuple[Path, int]:
             )
     stores = prepare_store(config.data, tokenizer_path(config.model))
     preflight.check_store(config, schedule, stores)
-    preflight.open_folder(config, folder)
-    console.print(f"run directory: {folder}")
-    if (folder / "result.json").is_file():
-        console.print("the run is complete")
-        code = 0
-    else:
-        code = launch.run(config.launch, folder / resolved.FILE)
-    if code:
-        print(
-            f"error: the run in {folder} ended with exit code {code}; its checkpoints stand, run.resume=auto goes on "
-            f"from the newest",
-            file=sys.stderr,
-        )
-        return folder, code
-    print_summary(folder, console)
-    console.print(f"report: {report.build(folder)}")
+    with preflight.open_folder(config, folder) as claim:
+        console.print(f"run directory: {folder}")
+        if (folder / "result.json").is_file():
+            console.print("the run is complete")
+            code = 0
+        else:
+            code = launch.run(config.launch, folder / resolved.FILE, claim)
+        if code:
+            print(
+                f"error: the run in {folder} ended with exit code {code}; its checkpoints stand, run.resume=auto goes "
+                f"on from the newest",
+                file=sys.stderr,
+            )
+            return folder, code
+        print_summary(folder, console)
+        console.print(f"report: {report.build(folder)}")
     return folder, 0
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from moba_train.config import LaunchConfig
 from moba_train.parallel import lifetime
@@ -27,16 +28,18 @@ def command(resolved: Path) -> list[str]:
     return [sys.executable, "-m", "moba_train.worker", "--config", str(resolved)]
 
 
-def run(launch: LaunchConfig, resolved: Path) -> int:
+def run(launch: LaunchConfig, resolved: Path, claim: IO[str] | None = None) -> int:
     """Run the processes to their end; when one fails, end the others.
 
-    A SIGTERM or SIGINT to this process is passed on, and waited out, so that nothing is left running.
+    A SIGTERM or SIGINT to this process is passed on, and waited out, so that nothing is left running. The processes
+    inherit ``claim``, so that it lasts as long as any of them; without one, rank 0 claims the run directory.
 
     Returns:
         0, or the exit code of the first process that failed; 128 + the signal's number where a signal ended it.
     """
     processes: list[subprocess.Popen[bytes]] = []
     received: list[int] = []
+    handed = [claim.fileno()] if claim else []
 
     def forward(number: int, _frame) -> None:
         received.append(number)
@@ -45,9 +48,14 @@ def run(launch: LaunchConfig, resolved: Path) -> int:
     previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for environment in environments(launch):
+            environment.update((lifetime.CLAIM, str(descriptor)) for descriptor in handed)
             processes.append(
                 subprocess.Popen(
-                    command(resolved), env=environment, start_new_session=True, preexec_fn=lifetime.follow_parent
+                    command(resolved),
+                    env=environment,
+                    pass_fds=handed,
+                    start_new_session=True,
+                    preexec_fn=lifetime.follow_parent,
                 )
             )
         if received:  # while they were being started

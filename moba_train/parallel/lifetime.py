@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import os
 import signal
 import sys
 from pathlib import Path
 from typing import IO
 
+CLAIM = "MOBA_TRAIN_CLAIM"  # the descriptor of a claim that the launcher hands down to its processes
 _PR_SET_PDEATHSIG = 1
 
 
@@ -23,7 +25,7 @@ def follow_parent() -> None:
 
 
 def claim(folder: Path) -> IO[str]:
-    """Claim a run directory for as long as the returned file is open; it goes with the process.
+    """Claim a run directory for as long as the returned file is open, here or in a process that inherited it.
 
     Raises:
         ValueError: another process has it.
@@ -37,3 +39,13 @@ def claim(folder: Path) -> IO[str]:
             f"{folder} is being written by another process: wait for it, or choose another run.name"
         ) from None
     return stream
+
+
+def inherit_or_claim(folder: Path) -> IO[str]:
+    """The claim that our launcher handed down, else one of this process's own.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    handed = os.environ.get(CLAIM)
+    return os.fdopen(int(handed), "w") if handed else claim(folder)
