@@ -37,7 +37,7 @@ def export(model: PreTrainedModel, tokenizer: str, folder: Path, runtime: Runtim
                 raise ValueError(
                     f"model {folder} could not be written ({error}): make room, and go on with run.resume=auto"
                 ) from None
-            load_tokenizer(tokenizer).save(partial)
+            load_tokenizer(tokenizer).save(partial, model.config.max_position_embeddings)
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(partial, folder)
     dist.barrier()

@@ -6,10 +6,15 @@ import hashlib
 import json
 import lzma
 from collections.abc import Iterable
+from copy import deepcopy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tokenizers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
 # How known tokenizers call the token between documents, for a tokenizer.json that comes without its configuration.
@@ -24,15 +29,20 @@ class Tokenizer:
 
     ``sha256`` is of what decides the ids in the tokenizer's own JSON, so that a file, its compressed copy and a folder
     with it agree.
+
+    ``source`` is what transformers loaded, where it did: ``save`` writes it as it was.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, eos_id: int, path: str) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, eos_id: int, path: str, source: PreTrainedTokenizerBase | None = None
+    ) -> None:
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = True
         self.backend = backend
         self.eos_id = eos_id
         self.path = path
+        self.source = source
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         content = json.loads(backend.to_str())
         del content["post_processor"]  # adds special tokens: not used here, and set anew by some loaders
@@ -55,12 +65,23 @@ class Tokenizer:
             for right in (" then", " A\n", " été", " I'm 7.")
         )
 
-    def save(self, folder: Path) -> None:
-        """Write the files that ``transformers.AutoTokenizer`` loads."""
+    def save(self, folder: Path, context_length: int = 0) -> None:
+        """Write the files that ``transformers.AutoTokenizer`` loads.
+
+        A tokenizer that came from a folder or the hub keeps its special tokens, chat template and other settings; its
+        ``model_max_length`` becomes at least ``context_length`` tokens. One of a bare ``tokenizer.json`` gets an
+        end-of-text token, which is all that is known of it.
+        """
         from transformers import PreTrainedTokenizerFast
 
-        name = self.backend.id_to_token(self.eos_id)
-        PreTrainedTokenizerFast(tokenizer_object=self.backend, eos_token=name, pad_token=name).save_pretrained(folder)
+        if self.source is not None:
+            saved = deepcopy(self.source)
+            saved.model_max_length = max(saved.model_max_length, context_length)
+        else:
+            # No pad token: the usual stand-in, eos, has collators mask the true ends of documents as padding.
+            name = self.backend.id_to_token(self.eos_id)
+            saved = PreTrainedTokenizerFast(tokenizer_object=self.backend, eos_token=name)
+        saved.save_pretrained(folder)
 
 
 def load_tokenizer(path: str) -> Tokenizer:
@@ -107,7 +128,8 @@ def _from_transformers(path: str) -> Tokenizer:
         raise ValueError(f"tokenizer {path!r} has no tokenizer.json; convert it to a fast tokenizer first")
     if loaded.eos_token_id is None:
         raise ValueError(f"tokenizer {path!r} names no eos_token; set it in its tokenizer_config.json")
-    return Tokenizer(loaded.backend_tokenizer, loaded.eos_token_id, path)
+    # A copy, because Tokenizer changes its backend, and the source is saved with the padding and truncation it had.
+    return Tokenizer(deepcopy(loaded.backend_tokenizer), loaded.eos_token_id, path, loaded)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

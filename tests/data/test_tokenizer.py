@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moba_train import embedded
 from moba_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -49,6 +50,43 @@ def test_every_way_to_load(small: Tokenizer, tmp_path: Path) -> None:
     for path in (tmp_path / "folder", plain, packed):
         loaded = load_tokenizer(str(path))
         assert (loaded.sha256, loaded.eos_id, loaded.vocab_size) == (small.sha256, 0, 400), path
+
+
+def test_a_bare_file_is_saved_with_its_end_alone(small: Tokenizer, tmp_path: Path) -> None:
+    small.save(tmp_path, context_length=256)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert saved.special_tokens_map == {"eos_token": "<|endoftext|>"}
+    assert saved("the whale").input_ids == small.encode_batch(["the whale"])[0].tolist()
+
+
+def test_a_folder_is_saved_as_it_was(tmp_path: Path) -> None:
+    backend = train_tokenizer([TEXT], 280).backend
+    backend.add_special_tokens(["<s>", "<|im_end|>", "<pad>", "<tool>"])
+    backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 280)])
+    backend.enable_truncation(64)
+    original = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        pad_token="<pad>",
+        extra_special_tokens=["<tool>"],
+        padding_side="left",
+        model_max_length=64,
+        chat_template="{% for message in messages %}<s>{{ message.content }}<|im_end|>{% endfor %}",
+    )
+    original.save_pretrained(tmp_path / "original")
+    loaded = load_tokenizer(str(tmp_path / "original"))
+    assert loaded.backend.id_to_token(loaded.eos_id) == "<|im_end|>"
+    for context_length, longest in ((32, 64), (128, 128)):
+        loaded.save(tmp_path / "saved", context_length)
+        saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+        assert saved.model_max_length == longest
+        assert saved.special_tokens_map == original.special_tokens_map
+        assert saved.chat_template == original.chat_template
+        assert saved.padding_side == "left"
+        assert saved("<tool> the whale").input_ids == original("<tool> the whale").input_ids
+        files = [(tmp_path / name / "tokenizer.json").read_text() for name in ("original", "saved")]
+        assert files[0] == files[1]
 
 
 @pytest.mark.parametrize(
