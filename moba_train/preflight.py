@@ -19,11 +19,13 @@ from moba_train.data.mix import build_mix, check_mix, stage_mix
 from moba_train.data.store import TokenStore
 from moba_train.data.tokenizer import load_tokenizer
 from moba_train.loss import refuse_changed_logits
+from moba_train.metrics_file import read_rows
 from moba_train.model import model_configuration, tokenizer_path
 from moba_train.parallel import lifetime
 from moba_train.rope import rope_parameters
 from moba_train.runtime import choose_device
 from moba_train.schedule import Schedule
+from moba_train.tracking import METRICS_FILE
 
 
 def check_model(config: Config, schedule: Schedule) -> None:
@@ -108,17 +110,19 @@ def check_store(config: Config, schedule: Schedule, stores: Path) -> None:
 def check_folder(config: Config, folder: Path) -> None:
     """The run directory is new and can be made, or may be gone on with. Reads only.
 
+    One that holds no step of a run (it failed before) is like a new one.
+
     Raises:
-        ValueError: it stands and ``run.resume=never``, there is nothing to resume, the settings differ, or it
+        ValueError: it holds steps and ``run.resume=never``, there is nothing to resume, the settings differ, or it
             cannot be written.
     """
     try:
-        stands = (folder / resolved.FILE).is_file()
         checkpoints = checkpoint.list_checkpoints(folder / "checkpoints")
+        begun = bool(checkpoints) or _holds_steps(folder / METRICS_FILE)
         nearest = next(path for path in (folder, *folder.parents) if path.exists())
     except OSError as error:  # a name too long, no permission to look
         raise _unwritable(folder, error.strerror) from None
-    if (stands or checkpoints) and config.run.resume is Resume.never:
+    if begun and config.run.resume is Resume.never:
         raise ValueError(
             f"run.resume=never and {folder} holds a run already: set run.resume=auto to go on with it, or choose "
             f"another run.name"
@@ -127,7 +131,8 @@ def check_folder(config: Config, folder: Path) -> None:
         raise ValueError(
             f"run.resume=must and {folder} holds no checkpoint: check run.dir and run.name, or set run.resume=auto"
         )
-    if stands and (changed := resolved.differences(resolved.load(folder / resolved.FILE), config)):
+    settings = folder / resolved.FILE
+    if begun and settings.is_file() and (changed := resolved.differences(resolved.load(settings), config)):
         raise ValueError(
             f"{folder} was started with other settings ({'; '.join(changed[:3])}): resume with the same, or choose "
             f"another run.name"
@@ -136,6 +141,10 @@ def check_folder(config: Config, folder: Path) -> None:
         raise _unwritable(folder, f"{nearest} is a file")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise _unwritable(folder, f"no permission in {nearest}")
+
+
+def _holds_steps(metrics: Path) -> bool:
+    return metrics.is_file() and any(row.get("step") for row in read_rows(metrics))
 
 
 def open_folder(config: Config, folder: Path) -> IO[str]:

@@ -102,6 +102,7 @@ def test_context_lengths_are_reached(tiny_config: Config, stage: int, context: i
 def test_a_run_that_stands(tiny_config: Config, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     preflight.open_folder(tiny_config, folder).close()
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ValueError, match=r"run\.resume=never and .* holds a run already: set run\.resume=auto"):
         preflight.check_folder(tiny_config, folder)
     tiny_config.run.resume = Resume.must
@@ -114,6 +115,16 @@ def test_a_run_that_stands(tiny_config: Config, tmp_path: Path) -> None:
         preflight.check_folder(tiny_config, folder)
 
 
+@pytest.mark.parametrize("resume", [Resume.never, Resume.auto])
+def test_a_run_without_a_step_may_be_begun_anew(tiny_config: Config, tmp_path: Path, resume: Resume) -> None:
+    folder = tmp_path / "run"
+    preflight.open_folder(tiny_config, folder).close()
+    (folder / "metrics.jsonl").write_text('{"step": 0, "eval/point": "start"}\n')
+    tiny_config.run.seed, tiny_config.run.resume = 3, resume
+    preflight.open_folder(tiny_config, folder).close()
+    assert resolved.load(folder / resolved.FILE) == tiny_config
+
+
 def test_a_folder_has_one_writer(tiny_config: Config, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     other = copy.deepcopy(tiny_config)
@@ -121,6 +132,7 @@ def test_a_folder_has_one_writer(tiny_config: Config, tmp_path: Path) -> None:
     with preflight.open_folder(tiny_config, folder), pytest.raises(ValueError, match="written by another process"):
         preflight.open_folder(other, folder)
     assert resolved.load(folder / resolved.FILE) == tiny_config
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')  # the first one trains, and ends
     with pytest.raises(ValueError, match=r"run\.resume=never"):
         preflight.open_folder(other, folder)
     assert resolved.load(folder / resolved.FILE) == tiny_config
