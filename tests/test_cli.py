@@ -153,12 +153,14 @@ def test_empty_corpus(refused, tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_that_stands(settings: list[str], refused, tmp_path: Path, monkeypatch) -> None:
+def test_a_run_that_stands(settings: list[str], refused, tmp_path: Path, monkeypatch, capsys) -> None:
     folder = tmp_path / "runs" / "second"
     again = ["run.name=second"]
     with monkeypatch.context() as first:
         first.setattr(launch, "run", lambda *arguments: 1)
         assert cli.run(["train", *settings, *again]) == 1
+    assert "resume" not in capsys.readouterr().err  # no checkpoint to go on from
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     before = (folder / "resolved.yaml").read_bytes()
     assert "run.resume=never" in (line := refused(*again)) and "run.resume=auto" in line and str(folder) in line
     line = refused(*again, "run.resume=auto", "attention.top_k=2")

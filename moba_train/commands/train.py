@@ -82,11 +82,9 @@ def run_one(config: Config) -> tuple[Path, int]:
         else:
             code = launch.run(config.launch, folder / resolved.FILE, claim)
         if code:
-            print(
-                f"error: the run in {folder} ended with exit code {code}; its checkpoints stand, run.resume=auto goes "
-                f"on from the newest",
-                file=sys.stderr,
-            )
+            saved = checkpoint.list_checkpoints(folder / "checkpoints")
+            advice = "; its checkpoints stand, run.resume=auto goes on from the newest" if saved else ""
+            print(f"error: the run in {folder} ended with exit code {code}{advice}", file=sys.stderr)
             return folder, code
         print_summary(folder, console)
         console.print(f"report: {report.build(folder)}")
