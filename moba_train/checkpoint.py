@@ -8,7 +8,7 @@ before its files. A kill at any point leaves at most ``.partial`` folders, which
     step_00000100/
       engine/…          DeepSpeed's own files: parameters, optimizer state
       rank_00000.json   a rank's random-number generators
-      state.json        step, tokens, stage, RoPE, data position
+      state.json        step, content of the token stores, times
       manifest.json     size and SHA-256 of each of these
 """
 

@@ -169,10 +169,19 @@ class StageAttentionConfig:
 
 @dataclass
 class StageLearningRateConfig:
-    """A stage's own learning-rate phase, in place of the run's: linear from ``start`` to ``end`` (times the peak)."""
+    """A stage's own learning-rate phase, in place of the run's: linear from ``start`` to ``end``, in units of the peak.
 
-    start: float = 1.0
-    end: float = 1.0
+    Neither set: the run's phases; one set: the other is 1."""
+
+    start: float | None = None
+    end: float | None = None
+
+    @property
+    def line(self) -> tuple[float, float] | None:
+        """(start, end), or None where the run's phases hold."""
+        if self.start is None and self.end is None:
+            return None
+        return (1.0 if self.start is None else self.start, 1.0 if self.end is None else self.end)
 
 
 @dataclass
@@ -184,8 +193,8 @@ class StageConfig:
     share: float | None = None  # of schedule.tokens
     context_length: int = 2048
     attention: StageAttentionConfig = field(default_factory=StageAttentionConfig)
-    rope: RopeConfig | None = None
-    learning_rate: StageLearningRateConfig | None = None
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    learning_rate: StageLearningRateConfig = field(default_factory=StageLearningRateConfig)
     mix: MixConfig | None = None  # in place of data.mix
 
 
@@ -211,7 +220,7 @@ class LearningRateConfig:
 class ScheduleConfig:
     """What happens as tokens are seen."""
 
-    tokens: int | None = None  # the run's length; needed where a stage gives a share
+    tokens: int | None = None  # the run's length; needed, and only then allowed, where a stage gives a share
     stages: list[StageConfig] = field(default_factory=list)
     learning_rate: LearningRateConfig = field(default_factory=LearningRateConfig)
 
@@ -231,7 +240,7 @@ class TrainConfig:
     """One optimizer step and how it is computed."""
 
     tokens_per_step: int = 16384  # over all ranks; accumulation follows from it
-    micro_batch_tokens: int | None = None  # a rank's tokens in one pass; None: one row of the context length
+    micro_batch_tokens: int | None = None  # a rank's tokens in one pass, at least one row; None: one row
     precision: Precision = Precision.fp32
     zero_stage: int = 0
     gradient_clipping: float = 1.0  # global norm; 0: off

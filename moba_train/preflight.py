@@ -39,6 +39,15 @@ def check_model(config: Config, schedule: Schedule) -> None:
     _check_backend(config.attention.backend, device, schedule, model)
     refuse_changed_logits(model)
     layers = model.num_hidden_layers
+    heads, kv_heads = (
+        model.num_attention_heads,
+        getattr(model, "num_key_value_heads", None) or model.num_attention_heads,
+    )
+    if heads % kv_heads:
+        raise ValueError(
+            f"{config.model.name} has num_attention_heads={heads} and num_key_value_heads={kv_heads}: the first must "
+            f"be a multiple of the second"
+        )
     parameters = dict(getattr(model, "rope_parameters", None) or {})
     if "rope_type" not in parameters:
         raise ValueError(
@@ -51,7 +60,10 @@ def check_model(config: Config, schedule: Schedule) -> None:
                 f"full_layers={stage.full_layers} in stage {stage.name} with {layers} layers in {config.model.name}: "
                 f"set it to at most {layers}"
             )
-        parameters = rope_parameters(parameters, stage.rope)
+        try:
+            parameters = rope_parameters(parameters, stage.rope)
+        except ValueError as error:
+            raise ValueError(f"stage {stage.name}: {error}") from None
         settings, key = stage_mix(config, stage.index)
         check_mix(settings, [source.name for source in config.data.train], key)
     if getattr(model, "sliding_window", None) is not None and getattr(model, "use_sliding_window", True):
@@ -64,6 +76,13 @@ def check_model(config: Config, schedule: Schedule) -> None:
         raise ValueError(
             f"the tokenizer {tokenizer_path(config.model)} has {tokenizer.vocab_size} ids and {config.model.name} "
             f"vocab_size={model.vocab_size}: set model.tokenizer to the model's own"
+        )
+    own = Path(config.model.path or "").expanduser() / "tokenizer.json"
+    given = config.model.path and config.model.tokenizer
+    if given and own.is_file() and load_tokenizer(str(own.parent)).sha256 != tokenizer.sha256:
+        raise ValueError(
+            f"model.tokenizer={config.model.tokenizer} is not the tokenizer that model.path={config.model.path} was "
+            f"trained with: set model.tokenizer=null"
         )
 
 

@@ -14,8 +14,8 @@ from moba_train.redact import redact
 
 FILE = "resolved.yaml"
 
-# What may change between the start of a run and its continuation: nothing here alters a step. The store may lie
-# elsewhere, since a checkpoint knows the content of the store it was trained on.
+# What may change between the start of a run and its continuation. The store may lie elsewhere, since a checkpoint knows
+# the content of the store it was trained on; another device or number of threads alters rounding, told on resume.
 RESUMABLE = (
     "run.resume",
     "run.label",

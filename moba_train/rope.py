@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 _TYPE_BOUND = {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale"}
 
 
-def rope_parameters(present: dict[str, Any], rope: RopeConfig | None) -> dict[str, Any]:
+def rope_parameters(present: dict[str, Any], rope: RopeConfig) -> dict[str, Any]:
     """transformers' ``rope_parameters`` that ``rope`` makes of the ``present`` ones.
 
     Raises:
-        ValueError: a scaled type without a factor, or YaRN/llama3 without the original context length.
+        ValueError: an unknown type, a scaled type without a factor of at least 1, or YaRN/llama3 without the original
+            context length.
     """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # not needed by who only composes
+
     parameters = dict(present)
-    if rope is None:
-        return parameters
     if rope.rope_type is not None and rope.rope_type != parameters.get("rope_type"):
         parameters = {key: value for key, value in parameters.items() if key not in _TYPE_BOUND}
         parameters["rope_type"] = rope.rope_type
@@ -38,6 +39,11 @@ def rope_parameters(present: dict[str, Any], rope: RopeConfig | None) -> dict[st
             parameters[key] = value
     parameters.update(rope.extra)
     kind = parameters["rope_type"]
+    known = sorted({"default", *ROPE_INIT_FUNCTIONS})
+    if kind not in known:
+        raise ValueError(f"rope.rope_type={kind} is unknown: choose from {', '.join(known)}")
+    if "factor" in parameters and not parameters["factor"] >= 1:
+        raise ValueError(f"rope.factor={parameters['factor']}: must be at least 1 (new / original context length)")
     if kind in ("linear", "dynamic", "yarn", "llama3", "longrope") and "factor" not in parameters:
         raise ValueError(f"rope.rope_type={kind} needs rope.factor (new context length / original context length)")
     if kind in ("yarn", "llama3") and "original_max_position_embeddings" not in parameters:

@@ -36,8 +36,8 @@ class Stage:
     block_size: int  # tokens
     top_k: int  # blocks, the query's own included
     full_layers: int  # the last N layers
-    rope: RopeConfig | None
-    learning_rate: StageLearningRateConfig | None
+    rope: RopeConfig
+    learning_rate: StageLearningRateConfig
 
     @property
     def steps(self) -> int:
@@ -97,10 +97,9 @@ class Schedule:
         """Learning rate of step ``step`` (from 0): warm-up, stable, decay; or the stage's own line."""
         c = self.learning_rate_config
         stage = self.stage_at(step)
-        if stage.learning_rate is not None:
-            progress = (step - stage.first_step + 1) / stage.steps
-            line = stage.learning_rate
-            return c.peak * (line.start + (line.end - line.start) * progress)
+        if (line := stage.learning_rate.line) is not None:
+            start, end = line
+            return c.peak * (start + (end - start) * (step - stage.first_step + 1) / stage.steps)
         warmup = round(c.warmup_share * self.total_steps)
         decay = round(c.decay_share * self.total_steps)
         if step < warmup:
@@ -127,7 +126,7 @@ def build_schedule(config: Config) -> Schedule:
     _check_sizes(config)
     tokens_per_step = config.train.tokens_per_step
     built: list[Stage] = []
-    first = 0
+    first, tokens = 0, 0.0
     for index, stage in enumerate(stages):
         key = f"schedule.stages[{index}]"
         if stage.context_length < 2 or tokens_per_step % stage.context_length:
@@ -135,7 +134,9 @@ def build_schedule(config: Config) -> Schedule:
                 f"{key}.context_length={stage.context_length} does not divide train.tokens_per_step={tokens_per_step}: "
                 f"make tokens_per_step a multiple of it"
             )
-        end = first + max(1, round(_tokens(stage, config) / tokens_per_step))
+        # The sum is rounded, not each stage by itself, so that the run keeps its length.
+        tokens += _tokens(stage, config)
+        end = max(first + 1, round(tokens / tokens_per_step))
         built.append(_stage(index, stage, first, end, config))
         first = end
     names = [stage.name for stage in built]
@@ -152,21 +153,34 @@ def _tokens(stage: StageConfig, config: Config) -> float:
 
 
 def _check_sizes(config: Config) -> None:
-    shares = []
+    total, shares, tokens = config.schedule.tokens, [], 0
+    if total is not None and total < 1:
+        raise ValueError(f"schedule.tokens={total}: must be at least 1")
     for index, stage in enumerate(config.schedule.stages):
         key = f"schedule.stages[{index}]"
         if (stage.tokens is None) == (stage.share is None):
             raise ValueError(f"{key} has tokens={stage.tokens} and share={stage.share}: give exactly one of them")
-        if stage.tokens is not None and stage.tokens < 1:
-            raise ValueError(f"{key}.tokens={stage.tokens}: must be at least 1")
+        if stage.tokens is not None:
+            if stage.tokens < 1:
+                raise ValueError(f"{key}.tokens={stage.tokens}: must be at least 1")
+            tokens += stage.tokens
         if stage.share is not None:
             if not 0 < stage.share <= 1:
                 raise ValueError(f"{key}.share={stage.share}: must be above 0 and at most 1")
-            if config.schedule.tokens is None:
+            if total is None:
                 raise ValueError(f"{key}.share={stage.share} needs schedule.tokens, the size of the whole run")
             shares.append(stage.share)
-    if len(shares) == len(config.schedule.stages) and abs(sum(shares) - 1) > 1e-6:
-        raise ValueError(f"schedule.stages have shares {shares} with the sum {sum(shares):g}: they must add up to 1")
+    if total is None:
+        return
+    if not shares and tokens != total:
+        raise ValueError(
+            f"schedule.tokens={total} and the stages' tokens add up to {tokens}: set schedule.tokens=null"
+        )
+    if abs(tokens + sum(shares) * total - total) > 1e-6 * total:
+        given = f"shares {shares} with the sum {sum(shares):g}" + (f" and {tokens} tokens" if tokens else "")
+        raise ValueError(
+            f"schedule.stages have {given} of schedule.tokens={total}: together they must add up to 1, the whole run"
+        )
 
 
 def _stage(index: int, stage: StageConfig, first: int, end: int, config: Config) -> Stage:

@@ -110,6 +110,8 @@ def build(config: Config, folder: Path, runtime: Runtime) -> Run:
         checkpoint.load(newest, engine, runtime)
         run.seconds_before = state["seconds"]
         run.throughput.tokens, run.throughput.seconds = state["training_tokens_and_seconds"]
+        if (before := state["arithmetic"]) != (now := _arithmetic(runtime)):
+            say(run, f"saved on {before} and resumed on {now}: equal up to rounding, not to the bit")
     return run
 
 
@@ -139,8 +141,8 @@ def train(run: Run) -> None:
         if run.step == schedule.total_steps or _due(run.step, config.checkpoint.every_steps):
             save(run)
 
-    if run.stage is None:  # resumed when all steps were done: the export needs the last stage's RoPE
-        enter(run, schedule.stages[-1])
+    # A run that was resumed when all its steps were done entered no stage; the export needs the last one's RoPE.
+    set_rope(run.model, rope_at(run, schedule.stages[-1]), schedule.longest_context)
     if config.checkpoint.export:
         with run.throughput.pause():
             export(run.model, tokenizer_path(config.model), run.folder / "model", run.runtime)
@@ -151,7 +153,7 @@ def enter(run: Run, stage: Stage) -> None:
     config = run.config
     run.stage = stage
     hf_attention.set_plan(run.model, stage.plan(run.model.config.num_hidden_layers), config.attention.backend)
-    set_rope(run.model, rope_at(run, stage), stage.context_length)
+    set_rope(run.model, rope_at(run, stage), run.schedule.longest_context)
     rows_per_step = run.schedule.tokens_per_step // stage.context_length
     run.loader = RowLoader(
         run.store,
@@ -245,6 +247,11 @@ def evaluate(run: Run, point: str) -> None:
     with run.throughput.pause():
         bin_size = run.config.position_loss.bin_size
         row = dict(position_loss(run.engine.module, run.heldout_batches, context, bin_size, run.runtime.device))
+    if not math.isfinite(row["eval/loss"]):
+        raise FloatingPointError(
+            f"the held-out loss at step {run.step} is {row['eval/loss']}: lower schedule.learning_rate.peak, or look "
+            f"at the model; resume goes on from the last checkpoint"
+        )
     log_row(run, {**row, "eval/point": point})
 
 
@@ -270,16 +277,13 @@ def log_row(run: Run, row: dict[str, Any], quiet: bool = False) -> None:
 
 
 def save(run: Run) -> None:
-    assert run.stage is not None
+    """Commit a checkpoint. Stage, RoPE and rows follow from the step, so the step stands for them."""
     state = {
         "step": run.step,
-        "tokens": run.tokens,
-        "stage": run.stage.name,
-        "rope_parameters": run.model.config.rope_parameters,
-        "rows": run.loader.state_dict()["rows"],
         "stores": _contents(run.store, run.heldout),
         "seconds": run.seconds,
         "training_tokens_and_seconds": [run.throughput.tokens, run.throughput.seconds],
+        "arithmetic": _arithmetic(run.runtime),
     }
     with run.throughput.pause():
         checkpoint.save(run.checkpoints, run.engine, state, run.config.checkpoint.keep, run.runtime)
@@ -288,6 +292,13 @@ def save(run: Run) -> None:
 def say(run: Run, text: str) -> None:
     if run.runtime.is_main:
         log.info("%s", text)
+
+
+def _arithmetic(runtime: Runtime) -> str:
+    """What decides the order of sums: a run that goes on under the same equals an uninterrupted one to the bit."""
+    if runtime.device.type == "cuda":
+        return torch.cuda.get_device_name(runtime.device)
+    return f"cpu, {torch.get_num_threads()} threads"
 
 
 def _contents(*stores: TokenStore) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 
-from moba_train.config import Config, Precision, SourceConfig
+from moba_train.config import Config, Precision, Resume, SourceConfig
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
 _LONGEST_NAME = 120  # file systems stop at 255 bytes, and a time or a hash is added to some
@@ -39,6 +39,8 @@ def _names(config: Config) -> None:
                 f"{key}={name!r}: use letters, digits and . _ - = , + only, start with a letter or digit, and stay "
                 f"within {_LONGEST_NAME} characters"
             )
+    if config.run.name is None and config.run.resume is not Resume.never:
+        raise ValueError(f"run.resume={config.run.resume.name} needs run.name, the directory to go on with: set it")
     for index, stage in enumerate(config.schedule.stages):
         if stage.name in POINTS:
             raise ValueError(
@@ -95,10 +97,9 @@ def _ranges(config: Config) -> None:
             raise ValueError(f"{key}={number}: must be above 0")
     for index, stage in enumerate(config.schedule.stages):
         for end in ("start", "end"):
-            if (line := stage.learning_rate) is not None and not 0 <= getattr(line, end) < math.inf:
-                raise ValueError(
-                    f"schedule.stages[{index}].learning_rate.{end}={getattr(line, end)}: must be at least 0"
-                )
+            value = getattr(stage.learning_rate, end)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"schedule.stages[{index}].learning_rate.{end}={value}: must be at least 0")
     if config.run.seed >= _SEEDS:
         raise ValueError(f"run.seed={config.run.seed}: must be below {_SEEDS}")
     if config.launch.port > _PORTS:

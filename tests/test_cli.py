@@ -27,7 +27,7 @@ def settings(tiny_corpus: Path, tmp_path: Path) -> list[str]:
         f"data.train=[{{name: train, path: {tiny_corpus}/train}}]",
         f"data.heldout=[{{name: heldout, path: {tiny_corpus}/heldout}}]",
         *(f"data.store_dir={tmp_path}/store", f"run.dir={tmp_path}/runs", "run.name=first"),
-        *(STAGES, "train.tokens_per_step=512", "launch.device=cpu", "wandb.mode=disabled"),
+        *(STAGES, "schedule.tokens=null", "train.tokens_per_step=512", "launch.device=cpu", "wandb.mode=disabled"),
     ]
 
 

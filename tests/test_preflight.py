@@ -181,3 +181,23 @@ def test_a_mix_that_its_sources_cannot_give_is_found_out_before_the_run(tiny_con
     stores = prepare_store(tiny_config.data, str(tiny_config.model.tokenizer), progress=False)
     with pytest.raises(ValueError, match=r"data\.mix"):
         preflight.check_store(tiny_config, build_schedule(tiny_config), stores)
+
+
+def test_heads_that_do_not_share_out_are_refused(tiny_config: Config) -> None:
+    tiny_config.model.architecture["num_key_value_heads"] = 3
+    refuses(tiny_config, "num_attention_heads=4 and num_key_value_heads=3: the first must be a multiple")
+
+
+def test_another_tokenizer_than_the_models_own_is_refused(tiny_config: Config, tmp_path: Path) -> None:
+    """Ids that fit the vocabulary by chance would train on without a word."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from moba_train.data.tokenizer import load_tokenizer, train_tokenizer
+
+    keywords = {key: value for key, value in tiny_config.model.architecture.items() if key != "model_type"}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **keywords)).save_pretrained(tmp_path / "model")
+    train_tokenizer(["quite other words than those of the corpus"] * 9, 270).save(tmp_path / "model")
+    tiny_config.model.path, tiny_config.model.architecture = str(tmp_path / "model"), {}
+    refuses(tiny_config, "is not the tokenizer that model.path=.* set model.tokenizer=null")
+    load_tokenizer(str(tiny_config.model.tokenizer)).save(tmp_path / "model")
+    check_model(tiny_config)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
+
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,3 +37,32 @@ def test_make_targets_and_recipes_that_it_names_exist() -> None:
 def test_pictures_exist() -> None:
     for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
         assert (ROOT / picture).is_file(), picture
+
+
+def test_the_recipe_of_your_own_composes(tmp_path: Path) -> None:
+    """With the model's own tokenizer: a default of the embedded model must not stay behind."""
+    block = next(block for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "label: mine" in block)
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text(block)
+    command = [
+        sys.executable,
+        "-m",
+        "moba_train",
+        "train",
+        f"--config-dir={tmp_path}",
+        "experiment=mine",
+        "--cfg",
+        "job",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    composed = yaml.safe_load(done.stdout)
+    assert composed["model"] == {
+        "name": "llama",
+        "path": "/models/Llama-3.2-1B",
+        "gguf_file": None,
+        "architecture": {},
+        "tokenizer": None,
+    }
+    assert [source["name"] for source in composed["data"]["train"]] == ["arxiv"]
+    assert composed["data"]["heldout"] == []

@@ -99,7 +99,7 @@ def test_what_may_not_differ(rich: Config, tmp_path: Path) -> None:
     other.run.seed = 1
     other.attention.top_k = 3
     other.schedule.stages[0].tokens = 4096
-    other.schedule.stages[1].rope = None
+    other.schedule.stages[1].rope = RopeConfig()
     other.model.architecture["hidden_size"] = 64
     other.data.train.pop()
     named = [line.partition(":")[0] for line in resolved.differences(rich, other)]

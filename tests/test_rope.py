@@ -52,7 +52,6 @@ def test_frequencies_stay_fp32_in_a_bf16_model() -> None:
 
 def test_unset_fields_keep_the_models_values() -> None:
     present = {"rope_type": "default", "rope_theta": 123.0}
-    assert rope_parameters(present, None) == present
     assert rope_parameters(present, RopeConfig()) == present
     linear = rope_parameters(present, RopeConfig(rope_type="linear", factor=2.0))
     assert linear == {"rope_type": "linear", "rope_theta": 123.0, "factor": 2.0}
@@ -63,6 +62,8 @@ def test_unset_fields_keep_the_models_values() -> None:
     ("rope", "message"),
     [
         (RopeConfig(rope_type="linear"), "rope_type=linear needs rope.factor"),
+        (RopeConfig(rope_type="yarm"), "rope_type=yarm is unknown: choose from .*yarn"),
+        (RopeConfig(rope_type="linear", factor=0.1), "factor=0.1: must be at least 1"),
         (RopeConfig(rope_type="yarn", factor=2.0), "needs rope.original_max_position_embeddings"),
     ],
 )

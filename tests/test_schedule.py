@@ -94,5 +94,30 @@ def test_shares_must_add_up(tiny_config: Config) -> None:
     tiny_config.schedule.tokens = 5120
     for stage in tiny_config.schedule.stages:
         stage.tokens, stage.share = None, 0.4
-    with pytest.raises(ValueError, match=r"sum 0.8: they must add up to 1"):
+    with pytest.raises(ValueError, match=r"sum 0.8 of schedule.tokens=5120: together they must add up to 1"):
+        build_schedule(tiny_config)
+
+
+def test_the_run_keeps_its_length_however_the_stages_round(tiny_config: Config) -> None:
+    tiny_config.schedule.tokens = 10 * 512
+    tiny_config.schedule.stages = [StageConfig(f"s{i}", share=0.25, context_length=128) for i in range(4)]
+    assert [stage.steps for stage in build_schedule(tiny_config).stages] == [2, 3, 3, 2]
+
+
+def test_tokens_and_shares_make_the_whole_run(tiny_config: Config) -> None:
+    tiny_config.schedule.tokens = 5120
+    tiny_config.schedule.stages[0].tokens, tiny_config.schedule.stages[1].tokens = 2560, None
+    tiny_config.schedule.stages[1].share = 0.5
+    assert build_schedule(tiny_config).total_steps == 10
+    tiny_config.schedule.stages[1].share = 0.9
+    with pytest.raises(ValueError, match=r"2560 tokens of schedule.tokens=5120"):
+        build_schedule(tiny_config)
+    tiny_config.schedule.tokens = 0
+    with pytest.raises(ValueError, match=r"schedule.tokens=0: must be at least 1"):
+        build_schedule(tiny_config)
+
+
+def test_a_total_that_the_stages_do_not_give_is_refused(tiny_config: Config) -> None:
+    tiny_config.schedule.tokens = 4096
+    with pytest.raises(ValueError, match=r"add up to 3072: set schedule.tokens=null"):
         build_schedule(tiny_config)

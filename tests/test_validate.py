@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moba_train.config import Config, Precision, StageLearningRateConfig
+from moba_train.config import Config, Precision, Resume, StageLearningRateConfig
 from moba_train.validate import micro_batch_rows, validate
 
 
@@ -127,3 +127,9 @@ def test_rows_share_out_over_ranks_and_micro_batches(tiny_config: Config) -> Non
     tiny_config.train.tokens_per_step = 1024
     validate(tiny_config)
     assert [micro_batch_rows(tiny_config, context) for context in (128, 256, 1024)] == [4, 2, 1]
+
+
+def test_resuming_needs_a_name(tiny_config: Config) -> None:
+    tiny_config.run.name, tiny_config.run.resume = None, Resume.auto
+    with pytest.raises(ValueError, match=r"run.resume=auto needs run.name"):
+        validate(tiny_config)

@@ -36,6 +36,11 @@ def run_hydra(config_name: str, job: Callable[[DictConfig], object], arguments: 
         hydra.main(version_base="1.3", config_path=str(embedded.folder("configs")), config_name=config_name)(job)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_one_line(error)) from None
+    except (AssertionError, AttributeError) as error:
+        # OmegaConf's way to say that an override reaches into an unset group of a list's entry.
+        if "NoneType" not in str(error):
+            raise
+        raise ValueError("an override names a group that its stage does not have: give it in a recipe file") from None
 
 
 def register() -> None:
