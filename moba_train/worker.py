@@ -3,7 +3,7 @@
     python -m moba_train.worker --config RUN/resolved.yaml
 
 Exit codes: 0 done; 2 the configuration, the data or a checkpoint cannot be used; 3 the loss or the gradient was not
-finite; 130 interrupted; 1 anything else, a full disk among it.
+finite; 4 the GPU's memory does not suffice; 130 interrupted; 1 anything else, a full disk among it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moba_train import durable, resolved
+from moba_train.config import Config
 from moba_train.metrics_file import read_rows
 from moba_train.parallel import lifetime
 from moba_train.runtime import finish, start
@@ -43,6 +47,8 @@ def main() -> int:
         claimed = lifetime.inherit_or_claim(folder) if runtime.is_main else None
         run = build(config, folder, runtime)
         train(run)
+        if runtime.is_main:
+            write_result(run)
         code = 0
     except ValueError as error:
         _tell(str(error))
@@ -50,6 +56,9 @@ def main() -> int:
     except FloatingPointError as error:
         _tell(str(error))
         code = 3
+    except torch.OutOfMemoryError as error:
+        _tell(_out_of_memory(error, config))
+        code = 4
     except OSError as error:  # a full disk under metrics.jsonl or the export
         if error.errno not in _DISK:
             _give_way()
@@ -65,13 +74,23 @@ def main() -> int:
         raise
     finally:
         if run is not None and run.tracker is not None:
-            run.tracker.close(failed=code != 0)
-    if code == 0 and run is not None and runtime.is_main:
-        write_result(run)
+            with suppress(OSError):  # of a row that the disk has refused before, which has been told
+                run.tracker.close(failed=code != 0)
     finish()
     if claimed is not None:
         claimed.close()
     return code
+
+
+def _out_of_memory(error: torch.OutOfMemoryError, config: Config) -> str:
+    settings = config.train
+    what = ". ".join(str(error).split(". ")[:2])  # torch goes on with the allocator's state
+    fixes = [f"lower train.micro_batch_tokens={settings.micro_batch_tokens}"]
+    if not settings.activation_checkpointing:
+        fixes.append("set train.activation_checkpointing=true")
+    if settings.zero_stage < 3:
+        fixes.append(f"raise train.zero_stage={settings.zero_stage} with several processes")
+    return f"{what}: {', or '.join(fixes)}"
 
 
 def _tell(message: str) -> None:

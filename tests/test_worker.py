@@ -93,33 +93,63 @@ def test_a_finished_run_that_goes_on_exports_the_same_model(
 
 
 FAULTY = """
-import sys
+import errno, sys
 import torch
 from moba_train import train, worker
 step_engine = train.step_engine
 def planted(engine, settings):
     if engine.global_steps == 2:
-        next(engine.module.parameters()).grad.fill_(float("nan"))
+        FAULT
     return step_engine(engine, settings)
 train.step_engine = planted
 sys.exit(worker.main())
 """
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_saved(tiny_config: Config, tmp_path: Path) -> None:
-    tiny_config.checkpoint.every_steps = 1
-    folder = tmp_path / "run"
+def run_faulty(fault: str, config: Config, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A run in which ``fault``, a statement, is executed before the third step."""
     folder.mkdir()
-    (folder / resolved.FILE).write_text(resolved.to_yaml(tiny_config))
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTY, "--config", str(folder / resolved.FILE)],
+    (folder / resolved.FILE).write_text(resolved.to_yaml(config))
+    return subprocess.run(
+        [sys.executable, "-c", FAULTY.replace("FAULT", fault), "--config", str(folder / resolved.FILE)],
         capture_output=True,
         text=True,
         timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_saved(tiny_config: Config, tmp_path: Path) -> None:
+    tiny_config.checkpoint.every_steps = 1
+    folder = tmp_path / "run"
+    done = run_faulty("next(engine.module.parameters()).grad.fill_(float('nan'))", tiny_config, folder)
     assert done.returncode == 3, done.stderr
     (line,) = error_lines(done.stderr)
     assert "gradient norm is nan" in line and "learning_rate.peak" in line
     newest = newest_whole(folder / "checkpoints")
     assert newest is not None and newest.name == "step_00000002"
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "words"),
+    [
+        (
+            "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 3.00 MiB free.')",
+            4,
+            ["Tried to allocate 2.00 GiB: lower train.micro_batch_tokens=", "train.zero_stage=0"],
+        ),
+        (
+            "raise OSError(errno.ENOSPC, 'No space left on device', '/run/metrics.jsonl')",
+            1,
+            ["/run/metrics.jsonl cannot be written (No space left on device)", "run.resume=auto"],
+        ),
+    ],
+    ids=["GPU memory", "disk"],
+)
+def test_a_machine_that_is_too_small(
+    tiny_config: Config, tmp_path: Path, fault: str, code: int, words: list[str]
+) -> None:
+    done = run_faulty(fault, tiny_config, tmp_path / "run")
+    assert done.returncode == code, done.stderr
+    (line,) = error_lines(done.stderr)
+    assert all(word in line for word in words), line
