@@ -32,8 +32,17 @@ def run_hydra(config_name: str, job: Callable[[DictConfig], object], arguments: 
     sys.argv = [f"moba-train {config_name}", *options, *overrides]
     # Without this Hydra prints several lines of its own for each fault and ends the process.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    faults: list[ValueError] = []
+
+    def guarded(composed: DictConfig) -> object:
+        try:
+            return job(composed)
+        except ValueError as error:  # Hydra would print a line of its own before ours
+            faults.append(error)
+            return None
+
     try:
-        hydra.main(version_base="1.3", config_path=str(embedded.folder("configs")), config_name=config_name)(job)()
+        hydra.main(version_base="1.3", config_path=str(embedded.folder("configs")), config_name=config_name)(guarded)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_one_line(error)) from None
     except (AssertionError, AttributeError) as error:
@@ -41,6 +50,8 @@ def run_hydra(config_name: str, job: Callable[[DictConfig], object], arguments: 
         if "NoneType" not in str(error):
             raise
         raise ValueError("an override names a group that its stage does not have: give it in a recipe file") from None
+    if faults:
+        raise faults[0]
 
 
 def register() -> None:
