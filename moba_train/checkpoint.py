@@ -33,6 +33,7 @@ from moba_train.runtime import Runtime, log
 
 _NAME = re.compile(r"step_(\d{8,})")
 _TAG = "engine"
+_WRITER_ERROR = re.compile("PytorchStreamWriter|unexpected pos")  # how torch.save's RuntimeError tells of a full disk
 
 
 class CheckpointError(ValueError):
@@ -63,9 +64,11 @@ def save(folder: Path, engine, state: dict[str, Any], keep: int, runtime: Runtim
             _flush_tree(partial)
             _commit(partial, final, keep)
         dist.barrier()
-    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _WRITER_ERROR.search(str(error)):
+            raise  # out of memory, or another rank is gone
         shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
-        why = str(error).strip().splitlines()[0]
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"checkpoint {final} could not be written ({why}): the ones before it stand; make room, or mend the disk, "
             f"and go on with run.resume=auto"
