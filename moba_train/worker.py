@@ -85,12 +85,14 @@ def main() -> int:
 def _out_of_memory(error: torch.OutOfMemoryError, config: Config) -> str:
     settings = config.train
     what = ". ".join(str(error).split(". ")[:2])  # torch goes on with the allocator's state
-    fixes = [f"lower train.micro_batch_tokens={settings.micro_batch_tokens}"]
+    fixes = []
+    if settings.micro_batch_tokens is not None:  # None is one row already
+        fixes.append(f"lower train.micro_batch_tokens={settings.micro_batch_tokens}")
     if not settings.activation_checkpointing:
         fixes.append("set train.activation_checkpointing=true")
     if settings.zero_stage < 3:
         fixes.append(f"raise train.zero_stage={settings.zero_stage} with several processes")
-    return f"{what}: {', or '.join(fixes)}"
+    return f"{what}: {', or '.join(fixes) or 'shorten the context_length of the stages'}"
 
 
 def _tell(message: str) -> None:
