@@ -176,7 +176,7 @@ def test_a_failed_save_leaves_the_older_ones(two: Path, tmp_path: Path, error: E
         shutil.copytree(pristine, two)
         with pytest.MonkeyPatch.context() as monkeypatch:
             operations(monkeypatch, Engine, number, error)
-            with pytest.raises(CheckpointError, match=r"step_00000003 could not be written \((.+\)") as e:
+            with pytest.raises(CheckpointError, match=r"step_00000003 could not be written \(.+\)") as e:
                 save(two, 3)
         assert "\n" not in str(e.value)
         assert newest_step(two) in (2, 3)
