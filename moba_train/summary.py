@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -17,13 +18,15 @@ def read_result(folder: Path) -> dict[str, Any]:
 def print_summary(folder: Path, console: Console) -> None:
     """Held-out losses at each point of the run, from its result.json."""
     result = read_result(folder)
-    table = Table(title=f"{folder.name}: held-out loss (nats a token)", title_justify="left")
+    title = f"{folder.name}: held-out loss (nats a token)"
+    console.print(title, style="italic", soft_wrap=True, markup=False)  # a name's brackets are not markup
+    table = Table()
     for column, justify in (("point", "left"), ("step", "right"), ("tokens", "right"), ("loss", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     table.add_column("trailing loss", justify="right")
     for point in result["points"]:
         table.add_row(
-            point["point"],
+            Text(point["point"]),
             str(point["step"]),
             f"{point['tokens']:,}",
             f"{point['loss']:.3f}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import subprocess
 import sys
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from moba_train import cli, resolved
 from moba_train.parallel import launch
+from moba_train.summary import print_summary
 
 STAGES = "schedule.stages=[{name: short, tokens: 2048, context_length: 128}]"
 
@@ -169,6 +172,23 @@ def test_a_run_that_stands(settings: list[str], refused, tmp_path: Path, monkeyp
     (folder / "checkpoints" / "step_00000002").mkdir(parents=True)
     assert "none of the 1 checkpoints" in refused(*again, "run.resume=auto")
     assert (folder / "resolved.yaml").read_bytes() == before
+
+
+def test_paths_are_printed_as_they_are(settings: list[str], monkeypatch, capsys, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / f"a[bold]{'x' * 90}"
+    monkeypatch.setattr(launch, "run", lambda *arguments: 1)
+    assert cli.run(["train", *settings, f"run.name='{folder.name}'"]) == 1
+    assert f"run directory: {folder}\n" in capsys.readouterr().out
+
+
+def test_a_summary_prints_names_as_they_are(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / f"a[bold]{'x' * 90}"
+    folder.mkdir()
+    point = {"point": "[red]", "step": 4, "tokens": 2048, "loss": 1.0, "trailing_loss": 2.0}
+    (folder / "result.json").write_text(json.dumps({"points": [point], "tokens_per_second": None}))
+    print_summary(folder, Console(width=80))
+    out = capsys.readouterr().out
+    assert f"{folder.name}: held-out loss" in out and "[red]" in out
 
 
 @pytest.mark.parametrize(("values", "expected"), [("0,2", 2), ("2,3", 7)], ids=["a bad setting", "failed runs"])

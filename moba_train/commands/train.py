@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
         from moba_train import report
 
         page = report.build(folders[0].parent)
-        console.print(f"sweep report: {page}")
+        say(f"sweep report: {page}")
     return failures[0] if failures else 0
 
 
@@ -68,16 +68,16 @@ def run_one(config: Config) -> tuple[Path, int]:
     checkpoint.newest_whole(folder / "checkpoints")  # each process would find them all damaged, and say so
     for stage in schedule.stages:
         if stage.kind.value == "moba" and stage.sparsity == 0:
-            console.print(
-                f"[yellow]warning:[/] stage {stage.name} reads every key: top_k {stage.top_k} x block_size "
+            say(
+                f"warning: stage {stage.name} reads every key: top_k {stage.top_k} x block_size "
                 f"{stage.block_size} covers its context of {stage.context_length} tokens"
             )
     stores = prepare_store(config.data, tokenizer_path(config.model))
     preflight.check_store(config, schedule, stores)
     with preflight.open_folder(config, folder) as claim:
-        console.print(f"run directory: {folder}")
+        say(f"run directory: {folder}")
         if (folder / "result.json").is_file():
-            console.print("the run is complete")
+            say("the run is complete")
             code = 0
         else:
             code = launch.run(config.launch, folder / resolved.FILE, claim)
@@ -87,8 +87,13 @@ def run_one(config: Config) -> tuple[Path, int]:
             print(f"error: the run in {folder} ended with exit code {code}{advice}", file=sys.stderr)
             return folder, code
         print_summary(folder, console)
-        console.print(f"report: {report.build(folder)}")
+        say(f"report: {report.build(folder)}")
     return folder, 0
+
+
+def say(line: str) -> None:
+    """One line as it is: a path is not cut at the console's width, nor are its brackets markup."""
+    console.print(line, soft_wrap=True, markup=False)
 
 
 def run_folder(config: Config) -> Path:
