@@ -175,9 +175,9 @@ def test_a_run_that_stands(settings: list[str], refused, tmp_path: Path, monkeyp
 
 
 def test_paths_are_printed_as_they_are(settings: list[str], monkeypatch, capsys, tmp_path: Path) -> None:
-    folder = tmp_path / "runs" / f"a[bold]{'x' * 90}"
+    folder = tmp_path / f"a[bold]{'x' * 90}" / "first"
     monkeypatch.setattr(launch, "run", lambda *arguments: 1)
-    assert cli.run(["train", *settings, f"run.name='{folder.name}'"]) == 1
+    assert cli.run(["train", *settings, f"run.dir='{folder.parent}'"]) == 1
     assert f"run directory: {folder}\n" in capsys.readouterr().out
 
 
