@@ -136,7 +136,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_saved(tiny_conf
         (
             "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 3.00 MiB free.')",
             4,
-            ["Tried to allocate 2.00 GiB: lower train.micro_batch_tokens=", "train.zero_stage=0"],
+            ["Tried to allocate 2.00 GiB: lower train.micro_batch_tokens=512", "train.zero_stage=0"],
         ),
         (
             "raise OSError(errno.ENOSPC, 'No space left on device', '/run/metrics.jsonl')",
@@ -149,6 +149,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_saved(tiny_conf
 def test_a_machine_that_is_too_small(
     tiny_config: Config, tmp_path: Path, fault: str, code: int, words: list[str]
 ) -> None:
+    tiny_config.train.micro_batch_tokens = 512
     done = run_faulty(fault, tiny_config, tmp_path / "run")
     assert done.returncode == code, done.stderr
     (line,) = error_lines(done.stderr)
