@@ -173,9 +173,7 @@ def _check_sizes(config: Config) -> None:
     if total is None:
         return
     if not shares and tokens != total:
-        raise ValueError(
-            f"schedule.tokens={total} and the stages' tokens add up to {tokens}: set schedule.tokens=null"
-        )
+        raise ValueError(f"schedule.tokens={total} and the stages' tokens add up to {tokens}: set schedule.tokens=null")
     if abs(tokens + sum(shares) * total - total) > 1e-6 * total:
         given = f"shares {shares} with the sum {sum(shares):g}" + (f" and {tokens} tokens" if tokens else "")
         raise ValueError(
