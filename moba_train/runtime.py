@@ -35,7 +35,7 @@ class Runtime:
 
 
 def start(launch: LaunchConfig) -> Runtime:
-    """Choose the device and join the process group: that of RANK and WORLD_SIZE where they are set, else one of its own.
+    """Choose the device and join the process group that RANK and WORLD_SIZE name, or one of its own without them.
 
     Raises:
         ValueError: ``launch.device=cuda`` where torch sees fewer GPUs than processes.
