@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from moba_train import checkpoint, durable, resolved
 from moba_train.attention.backends import BACKENDS, check_name, resolve
-from moba_train.config import Config, Resume
+from moba_train.config import Config, Device, LaunchConfig, LaunchKind, Resume
 from moba_train.data.mix import build_mix, check_mix, stage_mix
 from moba_train.data.store import TokenStore
 from moba_train.data.tokenizer import load_tokenizer
@@ -34,7 +34,7 @@ def check_model(config: Config, schedule: Schedule) -> None:
     Raises:
         ValueError: naming the key, its value and the fix.
     """
-    device = choose_device(config.launch, local_rank=0)
+    device = _device(config.launch)
     model = model_configuration(config.model)
     _check_backend(config.attention.backend, device, schedule, model)
     refuse_changed_logits(model)
@@ -84,6 +84,13 @@ def check_model(config: Config, schedule: Schedule) -> None:
             f"model.tokenizer={config.model.tokenizer} is not the tokenizer that model.path={config.model.path} was "
             f"trained with: set model.tokenizer=null"
         )
+
+
+def _device(launch: LaunchConfig) -> torch.device:
+    """Of the ranks. Those of other machines find theirs out; a dry run may be made anywhere."""
+    if launch.kind is LaunchKind.local and not launch.dry_run:
+        return choose_device(launch, local_rank=0, processes=launch.world_size)
+    return torch.device("cpu" if launch.device is Device.cpu else "cuda")
 
 
 def _check_backend(name: str, device: torch.device, schedule: Schedule, model: PretrainedConfig) -> None:

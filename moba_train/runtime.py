@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,8 +17,6 @@ from transformers.utils.logging import disable_progress_bar
 from moba_train.config import Device, LaunchConfig
 
 log = logging.getLogger("moba_train")
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -38,38 +37,46 @@ def start(launch: LaunchConfig) -> Runtime:
     """Choose the device and join the process group that RANK and WORLD_SIZE name, or one of its own without them.
 
     Raises:
-        ValueError: ``launch.device=cuda`` where torch sees fewer GPUs than processes.
+        ValueError: GPUs are asked for where torch sees fewer of them than this machine has processes, or the process
+            group cannot be joined.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = choose_device(launch, local_rank)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    device = choose_device(launch, local_rank, local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(launch.threads or max(1, cores // world_size))
+        torch.set_num_threads(launch.threads or max(1, cores // local_size))
     gpu = device if device.type == "cuda" else None
     backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(minutes=launch.timeout_minutes)
     if world_size == 1:
         # An in-process store: a single process needs no port and no second process.
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT, device_id=gpu
-        )
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=gpu)
     else:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=gpu)
+        try:
+            dist.init_process_group(backend, timeout=timeout, device_id=gpu)
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise ValueError(
+                f"{socket.gethostname()} cannot join the run at {where} ({str(error).splitlines()[0][:200]}): choose a "
+                f"launch.port that is free on the first node and that the others can reach"
+            ) from None
     configure_logging(rank)
     return Runtime(rank, world_size, local_rank, device)
 
 
-def choose_device(launch: LaunchConfig, local_rank: int) -> torch.device:
-    """``auto`` takes CUDA where torch sees a GPU for every process of this machine."""
+def choose_device(launch: LaunchConfig, local_rank: int, processes: int) -> torch.device:
+    """``auto`` takes CUDA where torch sees a GPU; then every one of this machine's ``processes`` must have its own."""
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if launch.device is Device.cpu or (launch.device is Device.auto and seen == 0):
+    if launch.device is Device.cpu or (not launch.needs_gpus and seen == 0):
         return torch.device("cpu")
-    if seen < launch.processes:
+    if seen < processes:
         raise ValueError(
-            f"launch.processes={launch.processes} with {seen} GPUs seen: set launch.processes to at most {seen}, "
-            f"or launch.device=cpu"
+            f"{launch.counted} with {seen} GPUs seen on {socket.gethostname()} for its {processes} processes: start "
+            f"at most {seen} there, or set launch.processes and launch.device=cpu"
         )
     return torch.device("cuda", local_rank)
 

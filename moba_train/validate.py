@@ -64,15 +64,20 @@ def _ranges(config: Config) -> None:
         "evaluate.every_steps": (config.evaluate.every_steps, 0),
         "checkpoint.every_steps": (config.checkpoint.every_steps, 0),
         "checkpoint.keep": (config.checkpoint.keep, 1),
-        "launch.processes": (config.launch.processes, 1),
+        "launch.nodes": (config.launch.nodes, 1),
         "launch.threads": (config.launch.threads, 0),
         "launch.port": (config.launch.port, 0),
         "data.threads": (config.data.threads, 0),
         "data.min_document_tokens": (config.data.min_document_tokens, 1),
         "optimizer.weight_decay": (config.optimizer.weight_decay, 0),
     }
-    if config.train.micro_batch_tokens is not None:
-        least["train.micro_batch_tokens"] = (config.train.micro_batch_tokens, 1)
+    optional = {
+        "train.micro_batch_tokens": config.train.micro_batch_tokens,
+        "launch.processes": config.launch.processes,
+        "launch.gpus": config.launch.gpus,
+        "launch.gpus_per_node": config.launch.gpus_per_node,
+    }
+    least |= {key: (value, 1) for key, value in optional.items() if value is not None}
     for key, (value, minimum) in least.items():
         if not minimum <= value < math.inf:  # NaN is refused too
             raise ValueError(f"{key}={value}: must be at least {minimum}")
@@ -92,6 +97,7 @@ def _ranges(config: Config) -> None:
     for key, number in (
         ("schedule.learning_rate.peak", rate.peak),
         ("optimizer.eps", config.optimizer.eps),
+        ("launch.timeout_minutes", config.launch.timeout_minutes),
     ):
         if not 0 < number < math.inf:
             raise ValueError(f"{key}={number}: must be above 0")
@@ -134,7 +140,7 @@ def _data(config: Config) -> None:
 
 def _batch(config: Config) -> None:
     """Rows must share out evenly over micro-batches and ranks, in every stage."""
-    processes = config.launch.processes
+    processes = config.launch.world_size
     for index, stage in enumerate(config.schedule.stages):
         context = stage.context_length
         if context < 2:
@@ -144,7 +150,7 @@ def _batch(config: Config) -> None:
         if rows % (processes * micro):
             raise ValueError(
                 f"schedule.stages[{index}]: {rows} rows of {context} tokens a step (train.tokens_per_step="
-                f"{config.train.tokens_per_step}) do not share out over launch.processes={processes} x {micro} rows a "
+                f"{config.train.tokens_per_step}) do not share out over {config.launch.counted} x {micro} rows a "
                 f"micro-batch: make tokens_per_step a multiple of {context * processes * micro}"
             )
 

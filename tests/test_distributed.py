@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from moba_train import resolved
 from moba_train.config import Config
 from moba_train.metrics_file import read_rows
-from moba_train.parallel import launch
+from moba_train.parallel import launch, local
 from tiny import checkpoint_tensors, launch_command, run_worker
 
 pytestmark = pytest.mark.distributed
@@ -140,7 +140,7 @@ def test_an_error_of_one_rank_names_it(tiny_config_module: Config, tmp_path: Pat
     config = config_of(tiny_config_module, 2, 0)
     file = tmp_path / resolved.FILE
     file.write_text(resolved.to_yaml(config))
-    monkeypatch.setattr(launch, "command", lambda file: [sys.executable, "-c", FAULTY, "--config", str(file)])
+    monkeypatch.setattr(local, "command", lambda file: [sys.executable, "-c", FAULTY, "--config", str(file)])
     assert launch.run(config.launch, file) == 3
     error = capfd.readouterr().err
     assert "error: rank 1: planted\n" in error and error.count("error:") == 1
@@ -194,7 +194,7 @@ def test_kills_at_any_time_change_nothing(run: Runs, tiny_config_module: Config,
     config.checkpoint.every_steps = 1
     folder = tmp_path / "run"
     dice = random.Random(os.environ.get("MOBA_TRAIN_KILL_SEED", "3"))
-    command = launch.command(folder / resolved.FILE)
+    command = local.command(folder / resolved.FILE)
     folder.mkdir()
     (folder / resolved.FILE).write_text(resolved.to_yaml(config))
     log = (folder / "log").open("ab")

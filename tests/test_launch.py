@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 
 from moba_train.config import LaunchConfig
-from moba_train.parallel import launch, lifetime
+from moba_train.parallel import launch, lifetime, local, supervise
 
 REST = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
 LAUNCHER = f"""
 import sys
 from pathlib import Path
 from moba_train.config import LaunchConfig
-from moba_train.parallel import launch
-launch.command = lambda *_: [sys.executable, "-c", {REST!r}]
+from moba_train.parallel import launch, local
+local.command = lambda *_: [sys.executable, "-c", {REST!r}]
 sys.exit(launch.run(LaunchConfig(), Path("resolved.yaml")))
 """
 
@@ -36,7 +36,7 @@ def alive(pid: int) -> bool:
 
 
 def test_each_process_has_its_rank() -> None:
-    environments = launch.environments(LaunchConfig(processes=3))
+    environments = local.environments(LaunchConfig(processes=3), Path("run"))
     assert [environment["RANK"] for environment in environments] == ["0", "1", "2"]
     assert [environment["LOCAL_RANK"] for environment in environments] == ["0", "1", "2"]
     assert {environment["WORLD_SIZE"] for environment in environments} == {"3"}
@@ -44,16 +44,16 @@ def test_each_process_has_its_rank() -> None:
 
 
 def test_ports_of_concurrent_runs_differ() -> None:
-    ports = {launch.environments(LaunchConfig(processes=2))[0]["MASTER_PORT"] for _ in range(3)}
+    ports = {local.environments(LaunchConfig(processes=2), Path("run"))[0]["MASTER_PORT"] for _ in range(3)}
     assert len(ports) == 3
-    assert launch.environments(LaunchConfig(processes=2, port=29501))[0]["MASTER_PORT"] == "29501"
+    assert local.environments(LaunchConfig(processes=2, port=29501), Path("run"))[0]["MASTER_PORT"] == "29501"
 
 
 @pytest.mark.parametrize(
     ("code", "expected"), [("sys.exit(0)", 0), ("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", 137)]
 )
 def test_exit_code(monkeypatch, code: str, expected: int) -> None:
-    monkeypatch.setattr(launch, "command", lambda *_: [sys.executable, "-c", f"import os, sys; {code}"])
+    monkeypatch.setattr(local, "command", lambda *_: [sys.executable, "-c", f"import os, sys; {code}"])
     handler = signal.getsignal(signal.SIGTERM)
     assert launch.run(LaunchConfig(), Path("resolved.yaml")) == expected
     assert signal.getsignal(signal.SIGTERM) is handler
@@ -71,8 +71,8 @@ def test_exit_code(monkeypatch, code: str, expected: int) -> None:
 )
 def test_one_that_fails_ends_the_others(monkeypatch, body: str, expected: int) -> None:
     code = f"import os, signal, sys, time; rank = int(os.environ['RANK']); {body}"
-    monkeypatch.setattr(launch, "command", lambda *_: [sys.executable, "-c", code])
-    monkeypatch.setattr(launch, "_TERM_SECONDS", 0.5)
+    monkeypatch.setattr(local, "command", lambda *_: [sys.executable, "-c", code])
+    monkeypatch.setattr(supervise, "_TERM_SECONDS", 0.5)
     began = time.monotonic()
     assert launch.run(LaunchConfig(processes=2), Path("resolved.yaml")) == expected
     assert time.monotonic() - began < 20
@@ -80,7 +80,7 @@ def test_one_that_fails_ends_the_others(monkeypatch, body: str, expected: int) -
 
 def test_environment_of_the_processes(monkeypatch, tmp_path: Path) -> None:
     script = f"import json, os; json.dump(dict(os.environ), open({str(tmp_path / 'seen')!r}, 'w'))"
-    monkeypatch.setattr(launch, "command", lambda *_: [sys.executable, "-c", script])
+    monkeypatch.setattr(local, "command", lambda *_: [sys.executable, "-c", script])
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     assert launch.run(LaunchConfig(threads=3), Path("resolved.yaml")) == 0
@@ -101,7 +101,7 @@ try:
 except ValueError:
     raise SystemExit(9)
 """
-    monkeypatch.setattr(launch, "command", lambda *_: [sys.executable, "-c", code])
+    monkeypatch.setattr(local, "command", lambda *_: [sys.executable, "-c", code])
     with lifetime.claim(tmp_path) as claim:
         assert launch.run(LaunchConfig(processes=2), Path("resolved.yaml"), claim) == 9
         with pytest.raises(ValueError, match="another process"):
@@ -115,6 +115,7 @@ def test_a_signal_to_the_launcher_ends_the_process(number: signal.Signals) -> No
         [sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     assert launcher.stdout is not None
+    assert launcher.stdout.readline().startswith("command: ")
     child = int(launcher.stdout.readline())
     assert alive(child)
     launcher.send_signal(number)

@@ -83,7 +83,7 @@ def test_the_tokenizer_fits_the_vocabulary(tiny_config: Config, tmp_path: Path) 
 
 def test_more_processes_than_gpus(tiny_config: Config) -> None:
     tiny_config.launch.device, tiny_config.launch.processes = Device.cuda, 64
-    refuses(tiny_config, r"launch\.processes=64 with \d+ GPUs seen: .* launch\.device=cpu")
+    refuses(tiny_config, r"launch\.processes=64 with \d+ GPUs seen on .* launch\.device=cpu")
 
 
 @pytest.mark.parametrize(("stage", "context"), [(1, 4096), (0, 8192)])

@@ -19,7 +19,7 @@ from moba_train import resolved
 from moba_train.checkpoint import newest_whole
 from moba_train.config import Config
 from moba_train.metrics_file import read_rows
-from moba_train.parallel import launch
+from moba_train.parallel import local
 from tiny import run_worker
 
 pytestmark = pytest.mark.distributed
@@ -61,7 +61,7 @@ def test_a_disk_that_fills_up_leaves_the_older_checkpoint(finished: Path, tiny_c
     limit = max(sizes) // 2
     assert (folder / "metrics.jsonl").stat().st_size < limit
     done = subprocess.run(
-        launch.command(folder / resolved.FILE),
+        local.command(folder / resolved.FILE),
         capture_output=True,
         text=True,
         timeout=120,

@@ -3,6 +3,8 @@
 moba-train train                                            the default recipe
 moba-train train experiment=hybrid_90_10 attention.top_k=4  a recipe, with a setting changed
 moba-train train --multirun attention.block_size=64,128     one run a value
+moba-train train launch=local launch.gpus=8                 8 processes, a GPU each; or launch=hostfile, launch=slurm
+moba-train train launch.dry_run=true                        write the settings, print the exact command, start nothing
 moba-train train --cfg job                                  print every setting, run nothing
 """
 
@@ -31,7 +33,7 @@ def main(arguments: list[str]) -> int:
     failures: list[int] = []
     folders: list[Path] = []
 
-    def job(composed: DictConfig) -> float:
+    def job(composed: DictConfig) -> float | None:
         try:
             folder, code = run_one(resolved.to_config(composed))
             folders.append(folder)
@@ -41,7 +43,7 @@ def main(arguments: list[str]) -> int:
         if code:
             failures.append(code)
             return float("inf")  # the worst objective: a sweep goes on to its other points
-        return read_result(folder)["trailing_loss"]
+        return read_result(folder)["trailing_loss"] if (folder / "result.json").is_file() else None
 
     run_hydra("train", job, arguments)
     if len(folders) > 1 and any((folder / "result.json").is_file() for folder in folders):
@@ -54,6 +56,7 @@ def main(arguments: list[str]) -> int:
 
 def run_one(config: Config) -> tuple[Path, int]:
     """Validate, prepare the data, start the processes, and report. Returns the run directory and the exit code."""
+    config.launch = launch.settle(config.launch)
     validate(config)
     # torch, transformers and matplotlib take seconds to import: a mistyped setting is told before.
     from moba_train import checkpoint, preflight, report
@@ -65,6 +68,10 @@ def run_one(config: Config) -> tuple[Path, int]:
     preflight.check_model(config, schedule)
     folder = run_folder(config)
     preflight.check_folder(config, folder)  # before the data is tokenised, which may take hours
+    if config.launch.dry_run:
+        with preflight.open_folder(config, folder):
+            return folder, launch.run(config.launch, folder / resolved.FILE)
+    launch.check(config.launch)
     checkpoint.newest_whole(folder / "checkpoints")  # each process would find them all damaged, and say so
     for stage in schedule.stages:
         if stage.kind.value == "moba" and stage.sparsity == 0:

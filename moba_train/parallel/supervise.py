@@ -1,0 +1,98 @@
+"""Processes that were started together end together: with the first that fails, and with the one that started them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Protocol
+
+from moba_train.parallel import lifetime
+
+_POLL_SECONDS = 0.05
+_TERM_SECONDS = 5.0  # from SIGTERM to SIGKILL, once one has failed
+_SAVED_SECONDS = 120.0  # for the others to end, once one has saved and ended because of a signal
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+INTERRUPTED = (128 + signal.SIGTERM, 128 + signal.SIGUSR1)  # the exit codes of a rank that saved on a signal
+
+
+class Child(Protocol):
+    """A started process, and how a signal reaches it."""
+
+    def poll(self) -> int | None:
+        """Its exit code, None while it runs; negative where a signal ended it."""
+
+    def send(self, number: int) -> None:
+        """Pass a signal on; SIGKILL leaves nothing of it running."""
+
+
+class Process:
+    """A process of this machine, in a session of its own, which ends with this one."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], handed: Sequence[int] = ()) -> None:
+        self._process = subprocess.Popen(
+            command, env=environment, pass_fds=handed, start_new_session=True, preexec_fn=lifetime.follow_parent
+        )
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def send(self, number: int) -> None:
+        if self._process.returncode is None:  # a number whose exit code was read may be another process's by now
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+
+
+def run(starts: Iterable[Callable[[], Child]]) -> int:
+    """Start the processes and wait for their end; when one fails, end the others.
+
+    SIGTERM, SIGINT and SIGUSR1 to this process are passed on, and waited out, so that nothing is left running.
+
+    Returns:
+        0, or the exit code of the first process that failed; 128 + the signal's number where a signal ended it.
+    """
+    children: list[Child] = []
+    received: list[int] = []
+
+    def forward(number: int, _frame) -> None:
+        received.append(number)
+        _send(children, number)
+
+    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        for start in starts:
+            children.append(start())
+        if received:  # while they were being started
+            _send(children, received[0])
+        code = _wait(children)
+    finally:
+        _send(children, signal.SIGKILL)  # none is left, unless this process itself fails
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def _wait(children: list[Child]) -> int:
+    """The code of the first process to fail (the lowest rank's of several), once all have ended; 0 if none did."""
+    first = 0
+    kill_at = float("inf")
+    while True:
+        codes = [child.poll() for child in children]
+        if not first and (first := next((code for code in codes if code), 0)):
+            saved = first in INTERRUPTED  # the others are about to end for the same reason
+            kill_at = time.monotonic() + (_SAVED_SECONDS if saved else _TERM_SECONDS)
+            if not saved:
+                _send(children, signal.SIGTERM)
+        if None not in codes:
+            return first
+        if time.monotonic() > kill_at:
+            _send(children, signal.SIGKILL)
+        time.sleep(_POLL_SECONDS)
+
+
+def _send(children: list[Child], number: int) -> None:
+    for child in children:
+        child.send(number)
