@@ -95,6 +95,10 @@ class AttentionConfig:
     top_k: int = 3  # blocks a query reads, its own included
     full_layers: int = 0  # the last N layers use full attention
     backend: str = "auto"
+    # Tokens of the causal convolution on every layer's keys, 3 or 5; 0: none but the model's own. It helps the gate
+    # find the right blocks (FlashMoBA, arXiv 2511.11571), adds parameters that start at 0, and makes an export that
+    # loads with this package only.
+    key_conv: int = 0
 
 
 @dataclass
@@ -227,7 +231,7 @@ class ScheduleConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW (torch.optim.AdamW). Norms, biases and embeddings are not decayed."""
+    """AdamW (torch.optim.AdamW). Norms, biases, embeddings and key convolutions are not decayed."""
 
     beta1: float = 0.9
     beta2: float = 0.95

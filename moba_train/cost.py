@@ -107,6 +107,7 @@ class DecoderShape:
     out_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    key_conv: int = 0  # width of the convolution on keys, whose operations grow with tokens alone
 
     @classmethod
     def from_config(cls, config: Any) -> DecoderShape:
@@ -138,6 +139,7 @@ class DecoderShape:
             out_bias=bias,
             mlp_bias=bool(getattr(config, "mlp_bias", False)),
             qk_norm=kind == "qwen3",
+            key_conv=getattr(config, "key_conv", 0),
         )
 
     @property
@@ -154,6 +156,7 @@ class DecoderShape:
         layer += self.out_bias * self.hidden_size
         layer += self.mlp_bias * (2 * self.mlp_size + self.hidden_size)
         layer += self.qk_norm * 2 * self.head_dim
+        layer += self.key_conv * self.kv_heads * self.head_dim
         embedding = self.vocab_size * self.hidden_size
         return self.layers * layer + self.hidden_size + embedding * (1 if self.tied else 2)
 

@@ -1,4 +1,7 @@
-"""Write the trained model as a Hugging Face folder that plain transformers loads without this package."""
+"""Write the trained model as a Hugging Face folder that plain transformers loads without this package.
+
+A model with key convolutions becomes one that only this package loads (``key_conv_folder``).
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,16 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from moba_train import key_conv_folder
 from moba_train.data.tokenizer import load_tokenizer
-from moba_train.runtime import Runtime
+from moba_train.runtime import Runtime, log
 
 
 def export(model: PreTrainedModel, tokenizer: str, folder: Path, runtime: Runtime) -> None:
     """Write weights (safetensors), configuration with the RoPE in effect, and tokenizer, whole or not at all.
 
-    MoBA adds no parameter, so the folder is that of a dense model of the same architecture. All ranks call it: under
-    ZeRO-3 the parameters are gathered from all of them.
+    MoBA adds no parameter, so the folder is that of a dense model of the same architecture, but for key convolutions.
+    All ranks call it: under ZeRO-3 the parameters are gathered from all of them.
 
     Raises:
         ValueError: the weights could not be written.
@@ -31,7 +35,7 @@ def export(model: PreTrainedModel, tokenizer: str, folder: Path, runtime: Runtim
         if runtime.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             try:
-                model.save_pretrained(partial)
+                _save(model, partial)
             except SafetensorError as error:  # its way to tell of a full disk
                 shutil.rmtree(partial, ignore_errors=True)
                 raise ValueError(
@@ -41,3 +45,15 @@ def export(model: PreTrainedModel, tokenizer: str, folder: Path, runtime: Runtim
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(partial, folder)
     dist.barrier()
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    if not getattr(model.config, "key_conv", 0):
+        model.save_pretrained(folder)
+        return
+    log.warning(
+        "the model has key convolutions (attention.key_conv=%d): its export loads with this package (model.path=…) and "
+        "not with plain transformers",
+        model.config.key_conv,
+    )
+    key_conv_folder.save(model, folder)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from moba_train.attention import backends
+from moba_train.attention.key_conv import KeyConvolution
 from moba_train.attention.spec import AttentionSpec
 
 NAME = "moba"
@@ -49,6 +50,44 @@ def set_plan(model: PreTrainedModel, plan: Sequence[AttentionSpec], backend: str
             computed = backend == "auto" or spec.kind in backends.BACKENDS[backend].kinds
             module.attention_spec = spec  # type: ignore[assignment]
             module.attention_backend = backend if computed else "auto"  # type: ignore[assignment]
+
+
+def add_key_convolutions(model: PreTrainedModel, width: int) -> None:
+    """Give every layer a ``KeyConvolution`` on its key projection's output, as ``self_attn.key_conv``, with weights 0.
+
+    It acts before RoPE, and before Qwen3's norm on keys. The dense model's parameters keep their names. A layer's
+    segment bounds are those of its attention, so the model must be called as ``attention_forward`` wants it.
+
+    Raises:
+        ValueError: the model's layers have no key projection of their own (a fused one, as Phi's).
+    """
+    layers = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int) and hasattr(m, "k_proj")]
+    if len(layers) != model.config.num_hidden_layers:
+        raise ValueError(
+            f"attention.key_conv={width}: {model.config.model_type} has no k_proj in each of its layers; use a Llama, "
+            f"Mistral or Qwen model, or attention.key_conv=0"
+        )
+    for layer in layers:
+        projection: nn.Linear = layer.k_proj  # type: ignore[assignment]
+        layer.key_conv = KeyConvolution(projection.out_features, width, projection.weight.dtype)
+        _convolve_keys(layer, projection, layer.key_conv)
+    model.config.key_conv = width
+
+
+def _convolve_keys(layer: nn.Module, projection: nn.Linear, convolution: KeyConvolution) -> None:
+    """Let ``convolution`` act on ``projection``'s output in each forward pass of ``layer``, recomputed ones too."""
+    bounds: list[torch.Tensor] = []  # of the pass that is under way: the projection sees the hidden states alone
+
+    def note_bounds(_layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        hidden = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
+        given = keywords.get("cu_seq_lens_q")
+        if given is None:
+            batch, length, _ = hidden.shape
+            given = segment_bounds(keywords.get("position_ids"), batch, length, hidden.device)
+        bounds[:] = [given]
+
+    layer.register_forward_pre_hook(note_bounds, with_kwargs=True)
+    projection.register_forward_hook(lambda _module, _inputs, key: convolution(key, bounds.pop()))
 
 
 def attention_forward(

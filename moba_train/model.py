@@ -1,6 +1,7 @@
 """Load or build a Hugging Face causal LM that attends through ``moba_train.hf_attention``.
 
-No parameter is added or renamed: a dense model's checkpoint loads unchanged and saves unchanged.
+No parameter is renamed, and none is added but by ``attention.key_conv``: a dense model's checkpoint loads unchanged and
+saves unchanged.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
+from moba_train import key_conv_folder
 from moba_train.config import ModelConfig, Precision
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ def model_configuration(model: ModelConfig) -> PretrainedConfig:
     if folder.is_dir() and model.gguf_file is None and not _holds_weights(folder):
         raise ValueError(f"model.path={model.path} holds no weights ({' or '.join(_WEIGHTS)}): give the whole folder")
     try:
+        if model.gguf_file is None and (own := key_conv_folder.own_configuration(_location(model))) is not None:
+            return own
         return AutoConfig.from_pretrained(_location(model), trust_remote_code=False, **_gguf(model))
     except (OSError, ValueError, StrictDataclassError) as error:
         raise ValueError(
@@ -85,10 +89,30 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def load_model(model: ModelConfig, precision: Precision) -> PreTrainedModel:
+def key_conv_width(configuration: PretrainedConfig, asked: int) -> int:
+    """Width of the key convolutions: the model's own where it has some, else what ``attention.key_conv`` asks for.
+
+    Raises:
+        ValueError: the model has others than those asked for.
+    """
+    own = getattr(configuration, "key_conv", 0)
+    if own and asked not in (0, own):
+        raise ValueError(
+            f"attention.key_conv={asked} and the model has key convolutions of width {own}: set it to {own}"
+        )
+    return own or asked
+
+
+def load_model(model: ModelConfig, precision: Precision, key_conv: int = 0) -> PreTrainedModel:
     """The model in ``precision``, on the CPU, in training mode, with the attention implementation ``moba`` and no plan.
 
     A new model's weights come from torch's global generator, so seed it before.
+
+    Args:
+        key_conv: ``attention.key_conv``; key convolutions that the model lacks are added with weights 0.
+
+    Raises:
+        ValueError: as ``model_configuration`` and ``key_conv_width``, or files that cannot be loaded.
     """
     # transformers' modelling code takes two seconds to import, and preflight reads configurations alone.
     from transformers import AutoModelForCausalLM
@@ -97,13 +121,24 @@ def load_model(model: ModelConfig, precision: Precision) -> PreTrainedModel:
 
     hf_attention.register()
     keywords: dict[str, Any] = {"dtype": DTYPES[precision], "attn_implementation": hf_attention.NAME}
+    configuration = model_configuration(model)
+    width = key_conv_width(configuration, key_conv)
     if model.path is None:
-        return AutoModelForCausalLM.from_config(model_configuration(model), **keywords)
-    model_configuration(model)  # its checks of the folder
+        new = AutoModelForCausalLM.from_config(configuration, **keywords)
+        if width:
+            hf_attention.add_key_convolutions(new, width)
+        return new
+    own = bool(getattr(configuration, "key_conv", 0))
+    if own:
+        keywords |= {"config": configuration, "variant": key_conv_folder.VARIANT}
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             _location(model), trust_remote_code=False, **keywords, **_gguf(model)
         )
+        if width:
+            hf_attention.add_key_convolutions(loaded, width)
+        if own:
+            key_conv_folder.load_convolutions(loaded, _location(model))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"model.path={model.path} cannot be loaded ({_one_line(error)})") from None
     # A loaded model comes in evaluation mode, without dropout and without activation checkpointing.

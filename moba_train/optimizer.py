@@ -9,12 +9,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from moba_train.attention.key_conv import KeyConvolution
 from moba_train.config import OptimizerConfig
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay; norms, biases and embeddings (tied output layers with them) do not."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    """Matrices decay; norms, biases, embeddings (tied output layers with them) and key convolutions, which are gains of
+    single channels as norms are, do not."""
+    kept_whole = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | KeyConvolution)}
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for parameter in model.parameters():
@@ -22,7 +24,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
             continue
         # ZeRO-3 flattens partitioned parameters; ds_shape is their real shape.
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        (kept if len(shape) < 2 or id(parameter) in embeddings else decayed).append(parameter)
+        (kept if len(shape) < 2 or id(parameter) in kept_whole else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

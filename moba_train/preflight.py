@@ -20,7 +20,7 @@ from moba_train.data.store import TokenStore
 from moba_train.data.tokenizer import load_tokenizer
 from moba_train.loss import refuse_changed_logits
 from moba_train.metrics_file import read_rows
-from moba_train.model import model_configuration, tokenizer_path
+from moba_train.model import key_conv_width, model_configuration, tokenizer_path
 from moba_train.parallel import lifetime
 from moba_train.rope import rope_parameters
 from moba_train.runtime import choose_device
@@ -38,6 +38,7 @@ def check_model(config: Config, schedule: Schedule) -> None:
     model = model_configuration(config.model)
     _check_backend(config.attention.backend, device, schedule, model)
     refuse_changed_logits(model)
+    key_conv_width(model, config.attention.key_conv)
     layers = model.num_hidden_layers
     heads, kv_heads = (
         model.num_attention_heads,

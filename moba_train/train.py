@@ -77,7 +77,7 @@ def build(config: Config, folder: Path, runtime: Runtime) -> Run:
     """Load or resume everything a step needs. Reads; writes nothing but metrics.jsonl's cut to the resumed step."""
     seed_everything(config.run.seed)
     schedule = build_schedule(config)
-    model = load_model(config.model, config.train.precision)
+    model = load_model(config.model, config.train.precision, config.attention.key_conv)
     if config.train.activation_checkpointing:
         checkpoint_activations(model)
     own_rope = dict(model.config.rope_parameters)

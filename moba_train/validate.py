@@ -15,6 +15,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
 _LONGEST_NAME = 120  # file systems stop at 255 bytes, and a time or a hash is added to some
 _SEEDS = 2**63  # torch's generator takes no more
 _PORTS = 65535
+_KEY_CONV_WIDTHS = (3, 5)  # those of the paper
 POINTS = ("start", "step")  # of evaluations that belong to no stage's end
 
 
@@ -115,6 +116,8 @@ def _ranges(config: Config) -> None:
             f"schedule.learning_rate.warmup_share={rate.warmup_share} and decay_share={rate.decay_share} are more "
             f"than the whole run: make their sum at most 1"
         )
+    if config.attention.key_conv not in (0, *_KEY_CONV_WIDTHS):
+        raise ValueError(f"attention.key_conv={config.attention.key_conv}: choose 3 or 5 tokens, or 0 for none")
     if config.train.zero_stage not in (0, 1, 2, 3):
         raise ValueError(f"train.zero_stage={config.train.zero_stage}: choose 0, 1, 2 or 3")
     if config.train.precision is Precision.bf16 and config.train.zero_stage == 0:

@@ -87,6 +87,7 @@ UNUSABLE = {
         ["schedule.stages[0].attention.block_size=-1", "at least 1"],
     ),
     "more full layers than layers": (["attention.full_layers=3"], ["full_layers=3", "2 layers", "at most 2"]),
+    "key convolution of another width": (["attention.key_conv=4"], ["attention.key_conv=4", "3 or 5"]),
     "unknown backend": (["attention.backend=flash3"], ["attention.backend=flash3", "varlen"]),
     "no stages": (["schedule.stages=[]"], ["schedule.stages", "experiment="]),
     "stage without a size": (
