@@ -244,7 +244,8 @@ class TrainConfig:
     """One optimizer step and how it is computed."""
 
     tokens_per_step: int = 16384  # over all ranks; accumulation follows from it
-    micro_batch_tokens: int | None = None  # a rank's tokens in one pass, at least one row; None: one row
+    micro_batch_tokens: int | None = None  # in one pass of a sequence-parallel group, at least one row; None: one row
+    sequence_parallel_size: int = 1  # neighbouring ranks that share each row (Ulysses), each with a slice of it
     precision: Precision = Precision.fp32
     zero_stage: int = 0
     gradient_clipping: float = 1.0  # global norm; 0: off

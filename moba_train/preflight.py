@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from transformers import PretrainedConfig
@@ -22,7 +22,7 @@ from moba_train.loss import refuse_changed_logits
 from moba_train.metrics_file import read_rows
 from moba_train.model import key_conv_width, model_configuration, tokenizer_path
 from moba_train.parallel import lifetime
-from moba_train.rope import rope_parameters
+from moba_train.rope import LENGTH_BOUND, rope_parameters
 from moba_train.runtime import choose_device
 from moba_train.schedule import Schedule
 from moba_train.tracking import METRICS_FILE
@@ -49,12 +49,14 @@ def check_model(config: Config, schedule: Schedule) -> None:
             f"{config.model.name} has num_attention_heads={heads} and num_key_value_heads={kv_heads}: the first must "
             f"be a multiple of the second"
         )
+    _check_slices(config, heads, kv_heads)
     parameters = dict(getattr(model, "rope_parameters", None) or {})
     if "rope_type" not in parameters:
         raise ValueError(
             f"{config.model.name} of model_type {model.model_type} has no single rotary position embedding: use a "
             f"Llama, Mistral or Qwen model"
         )
+    _check_sliced_rope(config, parameters, config.model.name)
     for stage in schedule.stages:
         if stage.full_layers > layers:
             raise ValueError(
@@ -65,6 +67,7 @@ def check_model(config: Config, schedule: Schedule) -> None:
             parameters = rope_parameters(parameters, stage.rope)
         except ValueError as error:
             raise ValueError(f"stage {stage.name}: {error}") from None
+        _check_sliced_rope(config, parameters, f"stage {stage.name}")
         settings, key = stage_mix(config, stage.index)
         check_mix(settings, [source.name for source in config.data.train], key)
     if getattr(model, "sliding_window", None) is not None and getattr(model, "use_sliding_window", True):
@@ -92,6 +95,27 @@ def _device(launch: LaunchConfig) -> torch.device:
     if launch.kind is LaunchKind.local and not launch.dry_run:
         return choose_device(launch, local_rank=0, processes=launch.world_size)
     return torch.device("cpu" if launch.device is Device.cpu else "cuda")
+
+
+def _check_slices(config: Config, heads: int, kv_heads: int) -> None:
+    """Sequence parallelism exchanges slices of rows for whole heads, so each rank needs as many heads as the others."""
+    size = config.train.sequence_parallel_size
+    works = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+    if size not in works:
+        raise ValueError(
+            f"train.sequence_parallel_size={size} does not share out num_attention_heads={heads} and "
+            f"num_key_value_heads={kv_heads} of {config.model.name}: set it to one of {', '.join(map(str, works))}"
+        )
+
+
+def _check_sliced_rope(config: Config, parameters: dict[str, Any], where: str) -> None:
+    size = config.train.sequence_parallel_size
+    if size > 1 and parameters["rope_type"] in LENGTH_BOUND:
+        raise ValueError(
+            f"rope_type={parameters['rope_type']} of {where} rotates by the length of the row, and with "
+            f"train.sequence_parallel_size={size} a rank sees a slice of it: set that to 1, or take linear, yarn or "
+            f"llama3"
+        )
 
 
 def _check_backend(name: str, device: torch.device, schedule: Schedule, model: PretrainedConfig) -> None:

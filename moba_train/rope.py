@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # Keys that belong to one rope_type and would be refused, or wrongly used, by another.
 _TYPE_BOUND = {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale"}
 
+# Types whose frequencies transformers takes from the largest position of a forward pass.
+LENGTH_BOUND = ("dynamic", "longrope")
+
 
 def rope_parameters(present: dict[str, Any], rope: RopeConfig) -> dict[str, Any]:
     """transformers' ``rope_parameters`` that ``rope`` makes of the ``present`` ones.

@@ -27,13 +27,28 @@ class Runtime:
     world_size: int
     local_rank: int
     device: torch.device
+    sequence_parallel_size: int = 1  # neighbouring ranks that share each row
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def sequence_parallel_rank(self) -> int:
+        """Which slice of its rows this rank has."""
+        return self.rank % self.sequence_parallel_size
 
-def start(launch: LaunchConfig) -> Runtime:
+    @property
+    def data_parallel_rank(self) -> int:
+        """Which rows this rank has a slice of."""
+        return self.rank // self.sequence_parallel_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.world_size // self.sequence_parallel_size
+
+
+def start(launch: LaunchConfig, sequence_parallel_size: int = 1) -> Runtime:
     """Choose the device and join the process group that RANK and WORLD_SIZE name, or one of its own without them.
 
     Raises:
@@ -65,7 +80,7 @@ def start(launch: LaunchConfig) -> Runtime:
                 f"launch.port that is free on the first node and that the others can reach"
             ) from None
     configure_logging(rank)
-    return Runtime(rank, world_size, local_rank, device)
+    return Runtime(rank, world_size, local_rank, device, sequence_parallel_size)
 
 
 def choose_device(launch: LaunchConfig, local_rank: int, processes: int) -> torch.device:

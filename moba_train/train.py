@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from moba_train.metrics import PositionLoss, Throughput, memory_gb, peak_flops
 from moba_train.model import DTYPES, load_model, tokenizer_path
 from moba_train.optimizer import build_optimizer, set_learning_rate
 from moba_train.parallel.engine import build_engine, set_accumulation, step_engine
+from moba_train.parallel.sequence import sequence_group, share_rows
 from moba_train.recompute import checkpoint_activations
 from moba_train.rope import rope_parameters, set_rope
 from moba_train.runtime import Runtime, log, seed_everything
@@ -83,6 +85,8 @@ def build(config: Config, folder: Path, runtime: Runtime) -> Run:
     own_rope = dict(model.config.rope_parameters)
     losses = TokenLosses(model, config.train.loss_tile_tokens)
     engine = build_engine(losses, build_optimizer(losses, config.optimizer), config.train, runtime)
+    if runtime.sequence_parallel_size > 1:
+        share_rows(model, sequence_group(runtime, timedelta(minutes=config.launch.timeout_minutes)))
     stores = prepare_store(config.data, tokenizer_path(config.model), progress=False)
     store, heldout = (TokenStore.open(stores / split) for split in ("train", "heldout"))
     newest = checkpoint.newest_for_all(folder / "checkpoints", runtime)
@@ -99,7 +103,11 @@ def build(config: Config, folder: Path, runtime: Runtime) -> Run:
         store=store,
         heldout=heldout,
         heldout_batches=heldout_batches(
-            heldout, schedule.longest_context, config.evaluate.rows, runtime.rank, runtime.world_size
+            heldout,
+            schedule.longest_context,
+            config.evaluate.rows,
+            runtime.data_parallel_rank,
+            runtime.data_parallel_size,
         ),
         tracker=Tracker(folder, config.wandb, asdict(config), state["step"]) if runtime.is_main else None,
         throughput=Throughput(peak_flops(runtime.device, DTYPES[config.train.precision]) * runtime.world_size),
@@ -159,15 +167,15 @@ def enter(run: Run, stage: Stage) -> None:
         run.store,
         stage.context_length,
         rows_per_step,
-        run.runtime.rank,
-        run.runtime.world_size,
+        run.runtime.data_parallel_rank,
+        run.runtime.data_parallel_size,
         # Stages draw rows in orders of their own: a stage must not begin with the rows the one before began with.
         seed=config.run.seed + stage.index,
         mix=stage_mix(config, stage.index)[0],
     )
     run.loader.load_state_dict({"rows": (run.step - stage.first_step) * rows_per_step})
-    rank_rows = rows_per_step // run.runtime.world_size
-    set_accumulation(run.engine, rank_rows // micro_batch_rows(config, stage.context_length))
+    group_rows = rows_per_step // run.runtime.data_parallel_size
+    set_accumulation(run.engine, group_rows // micro_batch_rows(config, stage.context_length))
     run.bins = PositionLoss(stage.context_length, config.position_loss.bin_size, run.runtime.device)
     say(
         run,
@@ -194,15 +202,16 @@ def optimize(run: Run) -> dict[str, float]:
     assert run.stage is not None
     batches = run.loader.next_step(micro_batch_rows(run.config, run.stage.context_length))
     valid, cost = step_totals(run, batches)
-    # DeepSpeed averages gradients over ranks; the loss is a mean over the valid tokens of all of them.
+    # DeepSpeed averages gradients over ranks; the loss is a mean over the valid tokens of all of them. A rank's share
+    # may be rows or, under sequence parallelism, slices of rows: either way it is a share of one sum.
     scale = run.runtime.world_size / valid
     run.bins.reset()
     norm = math.nan
     for index, batch in enumerate(batches):
-        inputs = model_inputs(batch, run.runtime.device)
+        inputs = model_inputs(batch, run.runtime)
         losses = run.engine(**inputs)
         run.engine.backward(losses.sum() * scale, scale_wrt_gas=False)
-        count_positions(run.bins, losses, inputs)
+        count_positions(run.bins, losses, inputs, batch)
         if index == len(batches) - 1:
             run.bins.all_reduce()
             row = run.bins.as_row("train", curve=_due(run.step + 1, run.config.position_loss.log_every))
@@ -229,6 +238,7 @@ def step_totals(run: Run, batches: list[Batch]) -> tuple[int, StepCost]:
     counts = [sum(map(valid_tokens, batches)), cost.model_flops, cost.hardware_flops]
     totals = torch.tensor(counts, dtype=torch.float64, device=run.runtime.device)
     dist.all_reduce(totals)
+    totals /= run.runtime.sequence_parallel_size  # each rank of a group counts the group's rows
     valid, model_flops, hardware_flops = totals.tolist()
     if not valid:
         raise ValueError(
@@ -246,7 +256,7 @@ def evaluate(run: Run, point: str) -> None:
         set_rope(run.model, run.own_rope, context)
     with run.throughput.pause():
         bin_size = run.config.position_loss.bin_size
-        row = dict(position_loss(run.engine.module, run.heldout_batches, context, bin_size, run.runtime.device))
+        row = dict(position_loss(run.engine.module, run.heldout_batches, context, bin_size, run.runtime))
     if not math.isfinite(row["eval/loss"]):
         raise FloatingPointError(
             f"the held-out loss at step {run.step} is {row['eval/loss']}: lower schedule.learning_rate.peak, or look "

@@ -27,6 +27,7 @@ def validate(config: Config) -> None:
     _names(config)
     _ranges(config)
     _data(config)
+    _sequence_parallel(config)
     _batch(config)
 
 
@@ -56,6 +57,7 @@ def _ranges(config: Config) -> None:
         "attention.full_layers": (config.attention.full_layers, 0),
         "run.seed": (config.run.seed, 0),
         "train.tokens_per_step": (config.train.tokens_per_step, 1),
+        "train.sequence_parallel_size": (config.train.sequence_parallel_size, 1),
         "train.loss_tile_tokens": (config.train.loss_tile_tokens, 1),
         "train.log_every": (config.train.log_every, 1),
         "train.gradient_clipping": (config.train.gradient_clipping, 0),
@@ -141,24 +143,45 @@ def _data(config: Config) -> None:
         )
 
 
+def _sequence_parallel(config: Config) -> None:
+    """Groups must share out the ranks, and slices every row."""
+    size = config.train.sequence_parallel_size
+    if config.launch.world_size % size:
+        raise ValueError(
+            f"train.sequence_parallel_size={size} does not divide the ranks of {config.launch.counted}: make them a "
+            f"multiple of {size}"
+        )
+    for index, stage in enumerate(config.schedule.stages):
+        if stage.context_length % size:
+            raise ValueError(
+                f"schedule.stages[{index}].context_length={stage.context_length} does not make "
+                f"train.sequence_parallel_size={size} equal slices: make it a multiple of {size}"
+            )
+
+
 def _batch(config: Config) -> None:
     """Rows must share out evenly over micro-batches and ranks, in every stage."""
-    processes = config.launch.world_size
+    groups = config.launch.world_size // config.train.sequence_parallel_size
     for index, stage in enumerate(config.schedule.stages):
         context = stage.context_length
         if context < 2:
             continue  # build_schedule refuses it with its own message
         rows = config.train.tokens_per_step // context
         micro = micro_batch_rows(config, context)
-        if rows % (processes * micro):
+        if rows % (groups * micro):
             raise ValueError(
                 f"schedule.stages[{index}]: {rows} rows of {context} tokens a step (train.tokens_per_step="
-                f"{config.train.tokens_per_step}) do not share out over {config.launch.counted} x {micro} rows a "
-                f"micro-batch: make tokens_per_step a multiple of {context * processes * micro}"
+                f"{config.train.tokens_per_step}) do not share out over {_ranks(config)} x {micro} rows a "
+                f"micro-batch: make tokens_per_step a multiple of {context * groups * micro}"
             )
 
 
+def _ranks(config: Config) -> str:
+    size, ranks = config.train.sequence_parallel_size, config.launch.counted
+    return ranks if size == 1 else f"({ranks}) / train.sequence_parallel_size={size}"
+
+
 def micro_batch_rows(config: Config, context_length: int) -> int:
-    """Rows that a rank reads in one pass at this context length."""
+    """Rows that a rank, or a sequence-parallel group, reads in one pass at this context length."""
     tokens = config.train.micro_batch_tokens
     return 1 if tokens is None else max(1, tokens // context_length)

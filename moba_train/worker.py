@@ -43,7 +43,7 @@ def main() -> int:
     code = 1
     try:
         config = resolved.load(arguments.config)
-        runtime = start(config.launch)
+        runtime = start(config.launch, config.train.sequence_parallel_size)
         claimed = lifetime.inherit_or_claim(folder) if runtime.is_main else None
         run = build(config, folder, runtime)
         train(run)
@@ -92,6 +92,8 @@ def _out_of_memory(error: torch.OutOfMemoryError, config: Config) -> str:
         fixes.append("set train.activation_checkpointing=true")
     if settings.zero_stage < 3:
         fixes.append(f"raise train.zero_stage={settings.zero_stage} with several processes")
+    if settings.sequence_parallel_size < config.launch.world_size:
+        fixes.append(f"raise train.sequence_parallel_size={settings.sequence_parallel_size}")
     return f"{what}: {', or '.join(fixes) or 'shorten the context_length of the stages'}"
 
 

@@ -188,6 +188,25 @@ def test_heads_that_do_not_share_out_are_refused(tiny_config: Config) -> None:
     refuses(tiny_config, "num_attention_heads=4 and num_key_value_heads=3: the first must be a multiple")
 
 
+def test_sequence_parallel_ranks_get_equally_many_heads(tiny_config: Config) -> None:
+    for size in (3, 8):
+        tiny_config.train.sequence_parallel_size = size
+        refuses(tiny_config, f"sequence_parallel_size={size} .*heads=4 and num_key_value_heads=2 .* one of 1, 2, 4$")
+    tiny_config.model.architecture |= {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 6}
+    tiny_config.train.sequence_parallel_size = 4  # neither divides the other
+    refuses(tiny_config, "num_key_value_heads=6 .* one of 1, 2, 3, 6, 12$")
+    for fits in (1, 2, 3, 6, 12):
+        tiny_config.train.sequence_parallel_size = fits
+        check_model(tiny_config)
+
+
+def test_rope_by_the_length_of_the_row_needs_whole_rows(tiny_config: Config) -> None:
+    tiny_config.schedule.stages[1].rope = RopeConfig(rope_type="dynamic", factor=4.0)
+    check_model(tiny_config)
+    tiny_config.train.sequence_parallel_size = 2
+    refuses(tiny_config, "rope_type=dynamic of stage full .*sequence_parallel_size=2 .* set that to 1")
+
+
 def test_another_tokenizer_than_the_models_own_is_refused(tiny_config: Config, tmp_path: Path) -> None:
     """Ids that fit the vocabulary by chance would train on without a word."""
     from transformers import AutoConfig, AutoModelForCausalLM

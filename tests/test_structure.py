@@ -28,7 +28,7 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.s
 
 # What may import them, beside the floors: seams that keep a heavy or an awkward library in one place.
 ONLY = {
-    "deepspeed": {"parallel.engine", "export"},
+    "deepspeed": {"parallel.engine", "parallel.sequence", "export"},
     "hydra": {"commands.compose", "commands.train"},
     "wandb": {"tracking"},
 }

@@ -34,6 +34,7 @@ OUT_OF_RANGE = [
     ("train.tokens_per_step", 0),
     ("train.micro_batch_tokens", 0),
     ("train.loss_tile_tokens", 0),
+    ("train.sequence_parallel_size", 0),
     ("train.log_every", 0),
     ("train.gradient_clipping", math.nan),
     ("train.zero_stage", 4),
@@ -127,6 +128,20 @@ def test_rows_share_out_over_ranks_and_micro_batches(tiny_config: Config) -> Non
     tiny_config.train.tokens_per_step = 1024
     validate(tiny_config)
     assert [micro_batch_rows(tiny_config, context) for context in (128, 256, 1024)] == [4, 2, 1]
+
+
+def test_sequence_parallel_groups_share_out_ranks_rows_and_steps(tiny_config: Config) -> None:
+    tiny_config.launch.processes, tiny_config.train.sequence_parallel_size = 8, 2
+    with pytest.raises(ValueError, match=r"2 rows .* \(launch\.processes=8\) / train\.sequence_parallel_size=2 x 1 row"):
+        validate(tiny_config)
+    tiny_config.train.sequence_parallel_size = 4  # two groups for the two rows of a step
+    validate(tiny_config)
+    tiny_config.train.sequence_parallel_size = 3
+    with pytest.raises(ValueError, match=r"size=3 does not divide the ranks of launch\.processes=8: .* multiple of 3"):
+        validate(tiny_config)
+    tiny_config.launch.processes = 3
+    with pytest.raises(ValueError, match=r"stages\[0\]\.context_length=128 .*size=3 .* multiple of 3"):
+        validate(tiny_config)
 
 
 def test_resuming_needs_a_name(tiny_config: Config) -> None:
