@@ -132,7 +132,7 @@ def test_rows_share_out_over_ranks_and_micro_batches(tiny_config: Config) -> Non
 
 def test_sequence_parallel_groups_share_out_ranks_rows_and_steps(tiny_config: Config) -> None:
     tiny_config.launch.processes, tiny_config.train.sequence_parallel_size = 8, 2
-    with pytest.raises(ValueError, match=r"2 rows .* \(launch\.processes=8\) / train\.sequence_parallel_size=2 x 1 row"):
+    with pytest.raises(ValueError, match=r"\(launch\.processes=8\) / train\.sequence_parallel_size=2 x 1 row"):
         validate(tiny_config)
     tiny_config.train.sequence_parallel_size = 4  # two groups for the two rows of a step
     validate(tiny_config)
