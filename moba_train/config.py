@@ -252,6 +252,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     loss_tile_tokens: int = 2048  # tokens whose logits exist at one time
     log_every: int = 1  # steps
+    profile_steps: list[int] = field(default_factory=list)  # [first, last] to trace into <run>/profile, counted from 1
 
 
 @dataclass

@@ -27,6 +27,7 @@ RESUMABLE = (
     "launch.",
     "checkpoint.",
     "train.log_every",
+    "train.profile_steps",
     "position_loss.log_every",
 )
 

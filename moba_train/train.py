@@ -27,9 +27,13 @@ from moba_train.export import export
 from moba_train.loss import TokenLosses
 from moba_train.metrics import PositionLoss, Throughput, memory_gb, peak_flops
 from moba_train.model import DTYPES, load_model, tokenizer_path
+from moba_train.observe import OwnTime, Peers, Stragglers, exchange
 from moba_train.optimizer import build_optimizer, set_learning_rate
 from moba_train.parallel.engine import build_engine, set_accumulation, step_engine
+from moba_train.parallel.interruption import Interrupted, Interruption
 from moba_train.parallel.sequence import sequence_group, share_rows
+from moba_train.parallel.watchdog import Watchdog
+from moba_train.profiler import StepProfiler
 from moba_train.recompute import checkpoint_activations
 from moba_train.rope import rope_parameters, set_rope
 from moba_train.runtime import Runtime, log, seed_everything
@@ -53,6 +57,9 @@ class Run:
     heldout_batches: list[Batch]  # this rank's share
     tracker: Tracker | None  # rank 0's
     throughput: Throughput
+    own_time: OwnTime
+    interruption: Interruption
+    watchdog: Watchdog
     own_rope: dict[str, Any]  # rope_parameters as loaded, before any stage
     step: int = 0  # optimizer steps done
     seconds_before: float = 0.0  # of the processes that this one goes on from
@@ -111,6 +118,9 @@ def build(config: Config, folder: Path, runtime: Runtime) -> Run:
         ),
         tracker=Tracker(folder, config.wandb, asdict(config), state["step"]) if runtime.is_main else None,
         throughput=Throughput(peak_flops(runtime.device, DTYPES[config.train.precision]) * runtime.world_size),
+        own_time=OwnTime(runtime.device),
+        interruption=Interruption(),
+        watchdog=Watchdog(runtime.rank, config.launch.timeout_minutes),
         own_rope=own_rope,
         step=state["step"],
     )
@@ -124,8 +134,14 @@ def build(config: Config, folder: Path, runtime: Runtime) -> Run:
 
 
 def train(run: Run) -> None:
-    """Step to the end of the schedule: every stage, its evaluations and checkpoints, and the export."""
+    """Step to the end of the schedule: every stage, its evaluations and checkpoints, and the export.
+
+    Raises:
+        Interrupted: some rank was told to stop; the last whole step is saved.
+    """
     config, schedule = run.config, run.schedule
+    stragglers, profiler = Stragglers(run.runtime), StepProfiler(config.train.profile_steps, run.folder, run.runtime)
+    slowest = 0
     if run.step:
         say(run, f"resumed at step {run.step} of {schedule.total_steps}")
     elif config.evaluate.at_start:
@@ -138,19 +154,30 @@ def train(run: Run) -> None:
         rate = schedule.learning_rate(run.step)
         set_learning_rate(run.engine.optimizer, rate)
 
+        profiler.before(run.step + 1, slowest)
         row = optimize(run)
         run.step += 1
+        with run.throughput.pause():
+            profiler.after(run.step)
 
-        log_step(run, {**row, "train/learning_rate": rate})
+        peers = exchange(run.runtime, run.own_time.take(), memory_gb(run.runtime.device), run.interruption.number)
+        slowest = peers.slowest
+        if run.runtime.is_main:
+            stragglers.note(peers)
+        log_step(run, {**row, "train/learning_rate": rate}, peers)
         if run.step == stage.end_step:
             evaluate(run, stage.name)
         elif config.evaluate.every_steps and run.step % config.evaluate.every_steps == 0:
             evaluate(run, "step")
-        if run.step == schedule.total_steps or _due(run.step, config.checkpoint.every_steps):
+        last = run.step == schedule.total_steps
+        if last or peers.signal or _due(run.step, config.checkpoint.every_steps):
             save(run)
+        if peers.signal and not last:
+            raise Interrupted(peers.signal, run.step)
 
     # A run that was resumed when all its steps were done entered no stage; the export needs the last one's RoPE.
     set_rope(run.model, rope_at(run, schedule.stages[-1]), schedule.longest_context)
+    run.watchdog.stop()  # the others wait for rank 0 to write, under the collectives' own time-out
     if config.checkpoint.export:
         with run.throughput.pause():
             export(run.model, tokenizer_path(config.model), run.folder / "model", run.runtime)
@@ -200,7 +227,9 @@ def optimize(run: Run) -> dict[str, float]:
         FloatingPointError: the loss is not finite; parameters are still those of the step before.
     """
     assert run.stage is not None
-    batches = run.loader.next_step(micro_batch_rows(run.config, run.stage.context_length))
+    run.watchdog.beat(f"step {run.step + 1}")
+    with run.own_time.on_host():
+        batches = run.loader.next_step(micro_batch_rows(run.config, run.stage.context_length))
     valid, cost = step_totals(run, batches)
     # DeepSpeed averages gradients over ranks; the loss is a mean over the valid tokens of all of them. A rank's share
     # may be rows or, under sequence parallelism, slices of rows: either way it is a share of one sum.
@@ -208,8 +237,10 @@ def optimize(run: Run) -> dict[str, float]:
     run.bins.reset()
     norm = math.nan
     for index, batch in enumerate(batches):
+        run.watchdog.beat(f"step {run.step + 1}, micro-batch {index + 1} of {len(batches)}")
         inputs = model_inputs(batch, run.runtime)
-        losses = run.engine(**inputs)
+        with run.own_time.on_device():
+            losses = run.engine(**inputs)
         run.engine.backward(losses.sum() * scale, scale_wrt_gas=False)
         count_positions(run.bins, losses, inputs, batch)
         if index == len(batches) - 1:
@@ -249,6 +280,7 @@ def step_totals(run: Run, batches: list[Batch]) -> tuple[int, StepCost]:
 
 def evaluate(run: Run, point: str) -> None:
     """Read the held-out rows. At the start that is the model as it came: its own RoPE, full attention."""
+    run.watchdog.beat(f"the evaluation at step {run.step}")
     context = run.schedule.longest_context
     if point == "start":
         full = hf_attention.AttentionSpec("full")
@@ -265,11 +297,12 @@ def evaluate(run: Run, point: str) -> None:
     log_row(run, {**row, "eval/point": point})
 
 
-def log_step(run: Run, row: dict[str, Any]) -> None:
+def log_step(run: Run, row: dict[str, Any], peers: Peers) -> None:
     assert run.stage is not None
     perf = {
         **run.throughput.as_row(),
         "perf/memory_gb": memory_gb(run.runtime.device),
+        **peers.as_row(),
         "perf/sparsity": run.stage.sparsity,
         "data/epoch": run.loader.epoch,
     }
@@ -288,6 +321,7 @@ def log_row(run: Run, row: dict[str, Any], quiet: bool = False) -> None:
 
 def save(run: Run) -> None:
     """Commit a checkpoint. Stage, RoPE and rows follow from the step, so the step stands for them."""
+    run.watchdog.beat(f"the checkpoint of step {run.step}")
     state = {
         "step": run.step,
         "stores": _contents(run.store, run.heldout),

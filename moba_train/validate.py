@@ -120,6 +120,9 @@ def _ranges(config: Config) -> None:
         )
     if config.attention.key_conv not in (0, *_KEY_CONV_WIDTHS):
         raise ValueError(f"attention.key_conv={config.attention.key_conv}: choose 3 or 5 tokens, or 0 for none")
+    traced = config.train.profile_steps
+    if traced and not (len(traced) == 2 and 1 <= traced[0] <= traced[1]):
+        raise ValueError(f"train.profile_steps={traced}: give the first and the last step to trace, such as [10,12]")
     if config.train.zero_stage not in (0, 1, 2, 3):
         raise ValueError(f"train.zero_stage={config.train.zero_stage}: choose 0, 1, 2 or 3")
     if config.train.precision is Precision.bf16 and config.train.zero_stage == 0:

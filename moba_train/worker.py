@@ -3,7 +3,8 @@
     python -m moba_train.worker --config RUN/resolved.yaml
 
 Exit codes: 0 done; 2 the configuration, the data or a checkpoint cannot be used; 3 the loss or the gradient was not
-finite; 4 the GPU's memory does not suffice; 130 interrupted; 1 anything else, a full disk among it.
+finite; 4 the GPU's memory does not suffice; 5 no progress within launch.timeout_minutes; 130 interrupted; 143 or 138
+saved and ended on SIGTERM or SIGUSR1; 1 anything else, a full disk among it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import errno
 import json
 import os
+import signal
 import sys
 import time
 from contextlib import suppress
@@ -24,6 +26,7 @@ from moba_train import durable, resolved
 from moba_train.config import Config
 from moba_train.metrics_file import read_rows
 from moba_train.parallel import lifetime
+from moba_train.parallel.interruption import Interrupted
 from moba_train.runtime import finish, start
 from moba_train.train import Run, build, train
 
@@ -38,6 +41,7 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, help="accepted from the deepspeed launcher; LOCAL_RANK counts")
     arguments = parser.parse_args()
     folder = arguments.config.resolve().parent
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the launcher ends this rank so, and nohup is not to keep it
     run: Run | None = None
     claimed = None
     code = 1
@@ -53,6 +57,10 @@ def main() -> int:
     except ValueError as error:
         _tell(str(error))
         code = 2
+    except Interrupted as interrupted:
+        if _rank() == 0:
+            print(interrupted, file=sys.stderr, flush=True)
+        code = interrupted.exit_code
     except FloatingPointError as error:
         _tell(str(error))
         code = 3

@@ -64,15 +64,15 @@ def test_exit_code(monkeypatch, code: str, expected: int) -> None:
     [
         ("sys.exit(3) if rank == 1 else time.sleep(60)", 3),
         ("sys.exit(rank)", 1),
-        ("sys.exit(5) if rank == 0 else (signal.signal(signal.SIGTERM, signal.SIG_IGN), time.sleep(60))", 5),
+        ("sys.exit(5) if rank == 0 else (signal.signal(signal.SIGHUP, signal.SIG_IGN), time.sleep(60))", 5),
         ("None", 0),
     ],
-    ids=["one fails", "the lowest rank's code", "one does not heed SIGTERM", "none fails"],
+    ids=["one fails", "the lowest rank's code", "one does not heed SIGHUP", "none fails"],
 )
 def test_one_that_fails_ends_the_others(monkeypatch, body: str, expected: int) -> None:
     code = f"import os, signal, sys, time; rank = int(os.environ['RANK']); {body}"
     monkeypatch.setattr(local, "command", lambda *_: [sys.executable, "-c", code])
-    monkeypatch.setattr(supervise, "_TERM_SECONDS", 0.5)
+    monkeypatch.setattr(supervise, "_KILL_SECONDS", 0.5)
     began = time.monotonic()
     assert launch.run(LaunchConfig(processes=2), Path("resolved.yaml")) == expected
     assert time.monotonic() - began < 20

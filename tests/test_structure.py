@@ -15,7 +15,7 @@ PACKAGE = ROOT / "moba_train"
 FLOORS = [
     "config durable embedded redact metrics_file attention",
     "runtime cost loss rope optimizer data resolved validate hf_attention recompute key_conv_folder",
-    "schedule tracking model metrics fetch",
+    "schedule tracking model metrics fetch observe profiler",
     "batch parallel checkpoint export summary report",
     "evaluate preflight",
     "train",

@@ -13,7 +13,7 @@ from typing import Protocol
 from moba_train.parallel import lifetime
 
 _POLL_SECONDS = 0.05
-_TERM_SECONDS = 5.0  # from SIGTERM to SIGKILL, once one has failed
+_KILL_SECONDS = 5.0  # from SIGHUP to SIGKILL, once one has failed
 _SAVED_SECONDS = 120.0  # for the others to end, once one has saved and ended because of a signal
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 INTERRUPTED = (128 + signal.SIGTERM, 128 + signal.SIGUSR1)  # the exit codes of a rank that saved on a signal
@@ -83,9 +83,9 @@ def _wait(children: list[Child]) -> int:
         codes = [child.poll() for child in children]
         if not first and (first := next((code for code in codes if code), 0)):
             saved = first in INTERRUPTED  # the others are about to end for the same reason
-            kill_at = time.monotonic() + (_SAVED_SECONDS if saved else _TERM_SECONDS)
-            if not saved:
-                _send(children, signal.SIGTERM)
+            kill_at = time.monotonic() + (_SAVED_SECONDS if saved else _KILL_SECONDS)
+            if not saved:  # SIGTERM asks for a checkpoint, and no collective will complete any more
+                _send(children, signal.SIGHUP)
         if None not in codes:
             return first
         if time.monotonic() > kill_at:
