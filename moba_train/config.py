@@ -27,15 +27,24 @@ class Precision(Enum):
 
 
 class SourceFormat(Enum):
-    """How the documents of a source are stored. ``hub`` is a dataset on the Hugging Face hub, ``repository`` a folder
-    with a code repository in each of its folders or archives (.tar.gz, .zip, …), one document each."""
+    """How the documents of a source are stored. ``hub`` is a dataset on the Hugging Face hub, ``mds`` MosaicML
+    streaming's shards, ``repository`` a folder with a code repository in each of its folders or archives (.tar.gz,
+    .zip, …), one document each."""
 
     text = "text"
     jsonl = "jsonl"
     parquet = "parquet"
     arrow = "arrow"
     hub = "hub"
+    mds = "mds"
     repository = "repository"
+
+
+class FileOrder(Enum):
+    """Of the files of a repository: by their paths, or each after those it imports (imports.py)."""
+
+    path = "path"
+    imports = "imports"
 
 
 class Resume(Enum):
@@ -117,6 +126,10 @@ class SourceConfig:
     path_field: str = "path"  # of such records: what stands in their headers
     file_header: str = "==> {path} <==\n"  # above each file of a repository, and each record of a group
     file_suffixes: list[str] = field(default_factory=list)  # of a repository's files that are read; empty: all text
+    file_order: FileOrder = FileOrder.path  # of a repository's files, and of the records of a group
+    token_field: str | None = None  # in place of text_field: token ids, stored as they are, no end-of-text token added
+    tokenizer: str | None = None  # that made them; refused where the model's gives other ids
+    span_field: str | None = None  # of mds: [start, end) of each document among a record's tokens
     max_tokens: int | None = None  # the rest of the source is not read
 
 
@@ -130,6 +143,7 @@ class MixConfig:
     length_weights: dict[int, float] = field(default_factory=dict)
     min_length: int = 1  # tokens; shorter documents are not drawn
     full_rows: float | None = None  # share of rows that are one full-length segment; 1: no packed rows
+    most_padding: float = 0.01  # pad tokens over all; where whole documents leave more, some are cut to fill rows
 
 
 @dataclass
@@ -141,6 +155,7 @@ class DataConfig:
     heldout: list[SourceConfig] = field(default_factory=list)  # whole documents never trained on
     heldout_fraction: float = 0.0  # of the train documents, taken where `heldout` is empty
     store_dir: str = "data/store"  # one sub-folder a (sources, tokenizer) pair
+    rebuild: bool = False  # make the store anew where the documents, or this code, changed since; else that is refused
     append_eos: bool = True  # the tokenizer's end-of-text token after every document
     threads: int = 0  # tokenising threads; 0: one a core
     min_document_tokens: int = 1  # shorter documents are dropped and counted

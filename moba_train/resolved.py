@@ -22,6 +22,7 @@ RESUMABLE = (
     "run.dir",
     "run.name",
     "data.store_dir",
+    "data.rebuild",
     "data.threads",
     "wandb.",
     "launch.",

@@ -24,7 +24,7 @@ import numpy as np
 
 from moba_train import embedded
 from moba_train.config import DataConfig, MixConfig, SourceConfig, SourceFormat
-from moba_train.data import tokens
+from moba_train.data import build
 from moba_train.data.documents import read_documents
 from moba_train.data.loader import RowLoader
 from moba_train.data.store import StoreWriter, TokenStore
@@ -45,11 +45,11 @@ def main() -> None:
     parser.add_argument("--format", default="text", choices=[format.value for format in SourceFormat])
     parser.add_argument("--tokenizer", default=str(embedded.folder("data") / "tokenizer" / "tokenizer.json"))
     parser.add_argument("--kills", type=int, default=0)
-    parser.add_argument("--shard-megabytes", type=int, default=tokens.SHARD_BYTES >> 20)
+    parser.add_argument("--shard-megabytes", type=int, default=build.SHARD_BYTES >> 20)
     parser.add_argument("--store", default="", help=argparse.SUPPRESS)  # of a child
     arguments = parser.parse_args()
     if arguments.what == "child":
-        tokens.SHARD_BYTES = arguments.shard_megabytes << 20
+        build.SHARD_BYTES = arguments.shard_megabytes << 20
         prepare_store(data_config(arguments, arguments.store), arguments.tokenizer, progress=False)
         return
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
@@ -210,7 +210,7 @@ def kill_child_after(arguments: argparse.Namespace, store: Path, seconds: float)
 
 
 def only_store(folder: Path) -> TokenStore:
-    (made,) = folder.iterdir()
+    (made,) = folder.glob("bench-*")
     return TokenStore.open(made / "train")
 
 

@@ -15,7 +15,9 @@ What input that is not as it should be leads to:
     NUL                            kept: a character like others (a file of a repository with one counts as binary)
     a token id >= the vocabulary   stops (store.py)
     too few documents              stops: no document in a split, or none for a mix (mix.py)
-    files that change              stops while they are read; later another store is made, and says what changed
+    token ids of another tokenizer stops (tokens.py)
+    files that change              stops while they are read; later the store is refused, saying what changed, or made
+                                   anew with data.rebuild=true (inputs.py)
 """
 
 from __future__ import annotations
@@ -29,12 +31,11 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow
 
 from moba_train.config import SourceConfig, SourceFormat
-from moba_train.data import repositories
+from moba_train.data import mds, repositories
 from moba_train.data.formats import Record, read_arrow, read_hub, read_jsonl, read_parquet, read_text
 
 COMPRESSED = (".gz", ".xz", ".zst")
@@ -132,6 +133,8 @@ def find_files(source: SourceConfig) -> list[SourceFile]:
             raise ValueError(
                 f"{where} has no repository: neither a folder nor one of {', '.join(repositories.ARCHIVES)}"
             )
+    elif source.format is SourceFormat.mds:
+        base, found = path, mds.find(source, path)
     elif path.is_file():
         base, found = path.parent, [path]
     elif path.is_dir():
@@ -149,26 +152,6 @@ def find_files(source: SourceConfig) -> list[SourceFile]:
     wanted = found if source.format is SourceFormat.repository else [file for file in found if file.is_file()]
     files = [SourceFile(file, str(file.relative_to(base)), *_size_and_time(file)) for file in wanted]
     return sorted(files, key=lambda file: file.name)
-
-
-def describe(source: SourceConfig, files: list[SourceFile]) -> dict[str, Any]:
-    """What a store made from the source depends on. A hub dataset is taken as unchanging: pin it with name@revision."""
-    about: dict[str, Any] = {"name": source.name, "format": source.format.value}
-    if source.format is SourceFormat.hub:
-        about |= {"path": source.path, "subset": source.subset, "split": source.split}
-    if source.format is SourceFormat.text:
-        about["encoding"] = source.encoding
-    elif source.format is SourceFormat.repository:
-        about |= {"file_header": source.file_header, "file_suffixes": list(source.file_suffixes)}
-    else:
-        about["text_field"] = source.text_field
-        if source.group_field:
-            about |= {"group_field": source.group_field, "path_field": source.path_field}
-            about["file_header"] = source.file_header
-    if source.max_tokens is not None:
-        about["max_tokens"] = source.max_tokens
-    about["files"] = [[file.name, file.bytes, file.changed] for file in files]
-    return about
 
 
 def read_documents(source: SourceConfig) -> Iterator[dict[str, str]]:
@@ -195,6 +178,7 @@ def read_records(source: SourceConfig, files: list[SourceFile], file: int = 0, r
         SourceFormat.jsonl: read_jsonl,
         SourceFormat.parquet: read_parquet,
         SourceFormat.arrow: read_arrow,
+        SourceFormat.mds: mds.read,
         SourceFormat.repository: repositories.read,
     }[source.format]
     for number in range(file, len(files)):
@@ -216,18 +200,18 @@ def _joined(source: SourceConfig, records: Iterator[Record]) -> Iterator[Record]
         yield from records
         return
     last: Record | None = None
-    texts: list[str] = []
+    texts: list[tuple[str, str]] = []
     for record in records:
         if record.text is None:
             yield record
             continue
         if last is not None and (record.group is None or record.group != last.group):
-            yield last._replace(text="".join(texts))
+            yield last._replace(text=repositories.join(source, texts))
             texts = []
-        texts.append(repositories.under_header(source, record.path, record.text))
+        texts.append((record.path, record.text))
         last = record
     if last is not None:
-        yield last._replace(text="".join(texts))
+        yield last._replace(text=repositories.join(source, texts))
 
 
 def _plain_name(path: Path) -> str:

@@ -22,8 +22,9 @@ CUT = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 T = TypeVar("T")  # what a text comes with
 
 
-def encode(records: Iterator[tuple[T, str]], tokenizer: Tokenizer) -> Iterator[tuple[T, list[np.ndarray]]]:
-    """Each record with its text's token ids in parts, in order, while the next batches are being read and encoded."""
+def encode(records: Iterator[tuple[T, str | np.ndarray]], tokenizer: Tokenizer) -> Iterator[tuple[T, list[np.ndarray]]]:
+    """Each record with its text's token ids in parts, in order, while the next batches are being read and encoded.
+    Records that are token ids already pass."""
     with ThreadPoolExecutor(2) as pool:
         waiting: deque[tuple[Future[list[np.ndarray]], _Batch[T]]] = deque()
         parts: list[np.ndarray] = []  # of a record that goes on in the next batch
@@ -39,7 +40,7 @@ def encode(records: Iterator[tuple[T, str]], tokenizer: Tokenizer) -> Iterator[t
             parts = parts + arrays[done:]
 
         for batch in _batches(records, tokenizer.cuts_between_words()):
-            waiting.append((pool.submit(tokenizer.encode_batch, batch.texts), batch))
+            waiting.append((pool.submit(_encode, tokenizer, batch.pieces), batch))
             if len(waiting) > 2:
                 yield from take()
         while waiting:
@@ -48,23 +49,28 @@ def encode(records: Iterator[tuple[T, str]], tokenizer: Tokenizer) -> Iterator[t
 
 @dataclass
 class _Batch(Generic[T]):
-    """Texts to encode together, and how many of them precede the end of each record that ends among them."""
+    """Pieces to encode together, and how many of them precede the end of each record that ends among them."""
 
-    texts: list[str] = field(default_factory=list)
+    pieces: list[str | np.ndarray] = field(default_factory=list)
     ends: list[tuple[int, T]] = field(default_factory=list)
 
 
-def _batches(records: Iterator[tuple[T, str]], cuts: bool) -> Iterator[_Batch[T]]:
+def _encode(tokenizer: Tokenizer, pieces: list[str | np.ndarray]) -> list[np.ndarray]:
+    encoded = iter(tokenizer.encode_batch([piece for piece in pieces if isinstance(piece, str)]))
+    return [next(encoded) if isinstance(piece, str) else piece for piece in pieces]
+
+
+def _batches(records: Iterator[tuple[T, str | np.ndarray]], cuts: bool) -> Iterator[_Batch[T]]:
     batch = _Batch[T]()
     characters = 0
-    for origin, text in records:
-        for piece in _pieces(text) if cuts else [text]:
+    for origin, content in records:
+        for piece in _pieces(content) if cuts and isinstance(content, str) else [content]:
             if characters >= BATCH_CHARACTERS or len(batch.ends) >= BATCH_RECORDS:
                 yield batch
                 batch, characters = _Batch[T](), 0
-            batch.texts.append(piece)
+            batch.pieces.append(piece)
             characters += len(piece)
-        batch.ends.append((len(batch.texts), origin))
+        batch.ends.append((len(batch.pieces), origin))
     yield batch
 
 

@@ -12,9 +12,11 @@ _WORD = re.compile(r"\w+")
 _RECENT = 1 << 18
 
 
-def digest(text: str) -> int:
-    """64 bits that tell texts apart, signed: by chance, two of 10^8 texts are taken for one with a chance of 3e-4."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+def digest(content: str | np.ndarray) -> int:
+    """64 bits that tell texts, or rows of token ids, apart, signed: by chance, two of 10^8 are taken for one with a
+    chance of 3e-4."""
+    data = content.encode() if isinstance(content, str) else content.tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)
 
 
 class SeenTexts:

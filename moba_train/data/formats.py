@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 
@@ -19,7 +20,7 @@ ROWS_AT_ONCE = 64  # of a Parquet file: long documents make big rows
 
 
 class Record(NamedTuple):
-    """One record of a source: its text, or the problem it has."""
+    """One record of a source: its text or its token ids, or the problem it has."""
 
     file: int
     row: int
@@ -28,6 +29,11 @@ class Record(NamedTuple):
     share_read: float = 1.0  # of its file
     group: str | None = None  # of the source's group_field, where it has one
     path: str = ""  # of its path_field
+    tokens: np.ndarray | None = None  # (tokens,) of a source with token_field, in place of a text
+
+    @property
+    def content(self) -> str | np.ndarray | None:
+        return self.text if self.tokens is None else self.tokens
 
 
 def open_compressed(path: Path, raw: BinaryIO) -> BinaryIO:
@@ -71,7 +77,7 @@ def read_jsonl(source: SourceConfig, path: Path) -> Iterator[Record]:
                 continue
             missing = [field for field in fields_of(source) if not isinstance(record, dict) or field not in record]
             if not missing:
-                yield _text_record(row, [record[field] for field in fields_of(source)], where, share)
+                yield _record(source, row, [record[field] for field in fields_of(source)], where, share)
             elif row == 0 and isinstance(record, dict):
                 raise _no_field(missing[0], source, path, record)
             else:
@@ -80,7 +86,7 @@ def read_jsonl(source: SourceConfig, path: Path) -> Iterator[Record]:
 
 def read_parquet(source: SourceConfig, path: Path) -> Iterator[Record]:
     with pyarrow.parquet.ParquetFile(path) as file:
-        _check_fields(source, path, file.schema_arrow.names)
+        check_fields(source, path, file.schema_arrow.names)
         batches = file.iter_batches(batch_size=ROWS_AT_ONCE, columns=fields_of(source))
         yield from _read_batches(source, batches, path, file.metadata.num_rows)
 
@@ -94,7 +100,7 @@ def read_arrow(source: SourceConfig, path: Path) -> Iterator[Record]:
             stream.seek(0)
             reader = pyarrow.ipc.open_file(stream)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        _check_fields(source, path, reader.schema.names)
+        check_fields(source, path, reader.schema.names)
         yield from _read_batches(source, batches, path, 0)
 
 
@@ -106,7 +112,7 @@ def _read_batches(source: SourceConfig, batches: Iterable[Any], path: Path, rows
         where = f"{path} row {row}"
         share = row / rows if rows else 0.0
         try:
-            yield _text_record(row, [value.as_py() for value in values], where, share)
+            yield _record(source, row, [value.as_py() for value in values], where, share)
         except UnicodeDecodeError as error:
             yield Record(0, row, None, f"{where} is not UTF-8 ({error})", share)
 
@@ -127,11 +133,11 @@ def read_hub(source: SourceConfig, start: int) -> Iterator[Record]:
             f"cannot be opened: {first}"
         ) from error
     if stream.column_names is not None:
-        _check_fields(source, name, stream.column_names)
+        check_fields(source, name, stream.column_names)
         stream = stream.select_columns(fields_of(source))
     for row, record in enumerate(stream.skip(start), start):
-        _check_fields(source, name, record)
-        yield _text_record(row, [record[field] for field in fields_of(source)], f"{name} record {row}", 0.0)
+        check_fields(source, name, record)
+        yield _record(source, row, [record[field] for field in fields_of(source)], f"{name} record {row}", 0.0)
 
 
 def hub_arguments(source: SourceConfig) -> tuple[str, dict[str, Any]]:
@@ -144,32 +150,53 @@ def hub_arguments(source: SourceConfig) -> tuple[str, dict[str, Any]]:
 
 
 def fields_of(source: SourceConfig) -> list[str]:
-    """The fields to read, the text's first."""
-    fields = (source.text_field, source.group_field, source.path_field if source.group_field else None)
-    return [field for field in fields if field]
+    """The fields to read, that of the text or the token ids first."""
+    grouped = [source.group_field, source.path_field] if source.group_field else []
+    return [field for field in (source.token_field or source.text_field, *grouped) if field]
 
 
-def _text_record(row: int, values: list[Any], where: str, share: float) -> Record:
+def _record(source: SourceConfig, row: int, values: list[Any], where: str, share: float) -> Record:
     """``values`` of `fields_of`, in its order."""
-    text, group, path = [*values, None, None][:3]
-    if not isinstance(text, str):
-        return Record(0, row, None, f"{where}: the text is {type(text).__name__}, not a string", share)
+    content, group, path = [*values, None, None][:3]
+    if source.token_field:
+        try:
+            return Record(0, row, "", "", share, tokens=token_ids(content))
+        except ValueError as error:
+            return Record(0, row, None, f"{where}: {source.token_field!r} holds {error}", share)
+    if not isinstance(content, str):
+        return Record(0, row, None, f"{where}: the text is {type(content).__name__}, not a string", share)
     try:
-        text.encode()
+        content.encode()
     except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair
         return Record(0, row, None, f"{where} is not Unicode text ({error.reason})", share)
-    return Record(0, row, text, "", share, None if group is None else str(group), str(path or ""))
+    return Record(0, row, content, "", share, None if group is None else str(group), str(path or ""))
 
 
-def _check_fields(source: SourceConfig, where: Path | str, there: Iterable[str]) -> None:
+def token_ids(values: Any) -> np.ndarray:
+    """(tokens,) uint32.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    ids = np.asarray(values)
+    if ids.ndim != 1 or (ids.size and (ids.dtype.kind not in "iu" or not 0 <= ids.min() <= ids.max() < 2**32)):
+        raise ValueError("no row of token ids")
+    return ids.astype(np.uint32)
+
+
+def check_fields(
+    source: SourceConfig, where: Path | str, there: Iterable[str], wanted: Iterable[str] | None = None
+) -> None:
+    """ValueError for a field that is ``wanted`` (None: those of `fields_of`) and not ``there``."""
     there = list(there)
-    for field in fields_of(source):
+    for field in fields_of(source) if wanted is None else wanted:
         if field not in there:
             raise _no_field(field, source, where, there)
 
 
 def _no_field(field: str, source: SourceConfig, where: Path | str, fields: Iterable[str]) -> ValueError:
-    setting = "text_field" if field == source.text_field else "group_field and path_field"
+    settings = {source.text_field: "text_field", source.token_field: "token_field", source.span_field: "span_field"}
+    setting = settings.get(field, "group_field and path_field")
     return ValueError(
         f"source {source.name!r}: {where} has no field {field!r} but {', '.join(map(repr, fields))}; "
         f"set the source's {setting}"

@@ -118,6 +118,8 @@ def check_mix(config: MixConfig, sources: Iterable[str], key: str) -> None:
         _check_weight(f"{key}.length_weights.{length}", weight)
     if config.min_length < 1:
         raise ValueError(f"{key}.min_length={config.min_length}: must be at least 1 token")
+    if not 0 < config.most_padding <= 1:
+        raise ValueError(f"{key}.most_padding={config.most_padding}: must be above 0, up to 1 (documents stay whole)")
     if config.full_rows is not None and not 0 <= config.full_rows <= 1:
         raise ValueError(f"{key}.full_rows={config.full_rows}: must be from 0 to 1, a share of the rows")
 
@@ -146,7 +148,10 @@ def build_mix(store: TokenStore, context_length: int, seed: int, config: MixConf
     weights = {name: weight for name, weight in config.weights.items() if weight} or {"": 1.0}
     parts: list[_Part] = []
     for group, weight in weights.items():
-        of_group = [_Part.pack(*chosen, store, context_length, seed) for chosen in _choose(store, names, group, config)]
+        of_group = [
+            _Part.pack(*chosen, store, context_length, seed, config.most_padding)
+            for chosen in _choose(store, names, group, config)
+        ]
         of_group = [part for part in of_group if len(part.rows)]
         if not of_group:
             raise ValueError(
@@ -178,9 +183,17 @@ class _Part:
 
     @classmethod
     def pack(
-        cls, name: str, documents: np.ndarray, weight: float, store: TokenStore, context_length: int, seed: int
+        cls,
+        name: str,
+        documents: np.ndarray,
+        weight: float,
+        store: TokenStore,
+        context_length: int,
+        seed: int,
+        most_padding: float,
     ) -> _Part:
-        return cls(name, pack(store.lengths[documents], context_length, seed).renamed(documents), weight)
+        rows = pack(store.lengths[documents], context_length, seed, most_padding)
+        return cls(name, rows.renamed(documents), weight)
 
     @property
     def tokens(self) -> int:

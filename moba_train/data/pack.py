@@ -4,6 +4,10 @@ A document at least one row long gives as many full rows as it holds; what is le
 is placed best-fit, longest first: into the fullest row that still has room. Rows with equal room are interchangeable,
 so the work goes by (length, room) pairs and whole groups of rows: O(n log n) in the documents, and about a second for
 10^6 of them.
+
+Whole documents cannot fill every row: many of 0.6 rows leave 40 % of each. Where more padding than allowed is left, the
+emptiest rows are given up and their documents cut to fill the others, no more of them than it takes. What then remains
+is less than one row.
 """
 
 from __future__ import annotations
@@ -73,14 +77,18 @@ class Rows:
         )
 
 
-def pack(lengths: np.ndarray, context_length: int, seed: int = 0) -> Rows:
+def pack(lengths: np.ndarray, context_length: int, seed: int = 0, most_padding: float = 1.0) -> Rows:
     """``lengths`` (documents,) tokens of each document. ``seed`` decides which of equally long pieces share a row.
+    Above ``most_padding``, pad tokens over all, documents are cut.
 
     Full rows come first, in the documents' order; the loader orders the rows of an epoch anew.
     """
     if context_length < 1:
         raise ValueError(f"context_length is {context_length}; it must be at least 1 token")
-    lengths = np.asarray(lengths, np.int64)
+    return _cut_to_fill(_pack_whole(np.asarray(lengths, np.int64), context_length, seed), most_padding)
+
+
+def _pack_whole(lengths: np.ndarray, context_length: int, seed: int) -> Rows:
 
     # Full rows: document d gives counts[d] of them, at multiples of the context length.
     counts = lengths // context_length
@@ -108,6 +116,47 @@ def pack(lengths: np.ndarray, context_length: int, seed: int = 0) -> Rows:
         lengths=np.concatenate([np.full(len(full_documents), context_length), piece_lengths[by_row]]),
         full_rows=len(full_documents),
     )
+
+
+def _cut_to_fill(rows: Rows, most_padding: float) -> Rows:
+    """The emptiest rows' spans, cut where the others' room ends, put there; so many that padding is within bounds."""
+    length = rows.context_length
+    room = length - rows.used
+    spare = int(room.sum())
+    excess = spare - most_padding * len(rows) * length
+    # Each row given up takes its length off both pad tokens and tokens.
+    given_up = min(int(np.ceil(excess / (length * (1 - most_padding)))), spare // length) if excess > 0 else 0
+    if not given_up:
+        return rows
+    order = np.argsort(room, kind="stable")
+    kept, empty = np.sort(order[:-given_up]), order[-given_up:]
+    spans = np.concatenate([np.arange(rows.offsets[row], rows.offsets[row + 1]) for row in empty])
+    into = kept[np.argsort(-room[kept], kind="stable")]  # the most room first: fewest cuts
+    # Laid end to end, the spans' tokens are cut wherever a span or a row's room ends.
+    span_ends, room_ends = np.cumsum(rows.lengths[spans]), np.cumsum(room[into])
+    bounds = np.union1d(span_ends, room_ends[room_ends < span_ends[-1]])
+    starts = np.concatenate([[0], bounds[:-1]])
+    of_span = np.searchsorted(span_ends, starts, side="right")
+    of_row = into[np.searchsorted(room_ends, starts, side="right")]
+    within = starts - (span_ends - rows.lengths[spans])[of_span]
+
+    kept_spans = np.flatnonzero(~np.isin(_span_rows(rows), empty))
+    row_of = np.concatenate([_span_rows(rows)[kept_spans], of_row])
+    by_row = np.argsort(row_of, kind="stable")
+    cut = spans[of_span]
+    return Rows(
+        context_length=length,
+        offsets=np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=len(rows))[kept])]).astype(np.int64),
+        documents=np.concatenate([rows.documents[kept_spans], rows.documents[cut]])[by_row],
+        starts=np.concatenate([rows.starts[kept_spans], rows.starts[cut] + within])[by_row],
+        lengths=np.concatenate([rows.lengths[kept_spans], bounds - starts])[by_row],
+        full_rows=rows.full_rows,
+    )
+
+
+def _span_rows(rows: Rows) -> np.ndarray:
+    """(spans,) the row of each span."""
+    return np.repeat(np.arange(len(rows)), np.diff(rows.offsets))
 
 
 def join(parts: list[Rows]) -> Rows:

@@ -1,4 +1,4 @@
-"""Code repositories → one document each: their text files in path order, each under a header with its path.
+"""Code repositories → one document each: their text files in path or import order, each under a header with its path.
 
 A repository is a folder or an archive, which is read in memory and never unpacked. Left out are what is hidden (.git),
 what is not UTF-8 text (a NUL counts as binary) and files over MOST_BYTES, which are data rather than code.
@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from moba_train.config import SourceConfig
+from moba_train.config import FileOrder, SourceConfig
 from moba_train.data.formats import Record
+from moba_train.data.imports import imports_first
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 MOST_BYTES = 1 << 20  # of a file
@@ -42,24 +43,30 @@ def _readable(path: Path) -> bool:
 
 def read(source: SourceConfig, path: Path) -> Iterator[Record]:
     """The repository as one record; its text is empty where it holds no text file."""
-    files = _without_top([(PurePosixPath(name), text) for name, text in _text_files(source, path)])
-    files.sort(key=lambda file: file[0].parts)
-    yield Record(0, 0, "".join(under_header(source, name.as_posix(), text) for name, text in files))
+    found = _without_top([(PurePosixPath(name), text) for name, text in _text_files(source, path)])
+    found.sort(key=lambda file: file[0].parts)
+    yield Record(0, 0, join(source, [(name.as_posix(), text) for name, text in found]))
 
 
-def under_header(source: SourceConfig, path: str, text: str) -> str:
-    """A file's text under the source's header, with the line end that the next header needs."""
-    return source.file_header.replace("{path}", path) + text + ("" if text.endswith("\n") else "\n")
+def join(source: SourceConfig, named_texts: list[tuple[str, str]]) -> str:
+    """The files of a repository, (path, text), as one text: in their order or in import order, each under the source's
+    header and with the line end that the next header needs."""
+    if source.file_order is FileOrder.imports:
+        named_texts = imports_first(named_texts)
+    return "".join(
+        source.file_header.replace("{path}", path) + text + ("" if text.endswith("\n") else "\n")
+        for path, text in named_texts
+    )
 
 
 def _text_files(source: SourceConfig, path: Path) -> Iterator[tuple[str, str]]:
-    for name, content in _files(source, path):
+    for name, content in files(source, path):
         if b"\0" not in content:
             with suppress(UnicodeDecodeError):
                 yield name, content.decode("utf-8-sig").replace("\r\n", "\n")
 
 
-def _files(source: SourceConfig, path: Path) -> Iterator[tuple[str, bytes]]:
+def files(source: SourceConfig, path: Path) -> Iterator[tuple[str, bytes]]:
     """Name and content of the wanted regular files of a folder or an archive, in its own order: going back in a
     compressed archive reads it from the start again."""
     if path.is_dir():

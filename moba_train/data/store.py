@@ -24,7 +24,7 @@ import numpy as np
 
 from moba_train import durable
 
-FORMAT = 2
+FORMAT = 3  # raised too where the same inputs would give other tokens
 MANIFEST = "manifest.json"
 
 

@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_dir
 
+from mds_shards import COLUMNS, packed, write
 from moba_train import embedded, resolved
 from moba_train.commands.compose import register
 from moba_train.config import Config, SourceFormat
 from moba_train.data.mix import build_mix
 from moba_train.data.store import TokenStore
+from moba_train.data.tokenizer import load_tokenizer
 from moba_train.data.tokens import prepare_store
 
 TOKENIZER = str(embedded.folder("data") / "tokenizer" / "tokenizer.json")
@@ -102,6 +105,27 @@ def write_code(folder: Path) -> None:
         file.write_text(row["content"])
 
 
+def write_prolong(config: Config) -> None:
+    """Rows of token ids as ProLong packed them: of one document in the domains of a fixed length, of several in others.
+
+    Its tokenizer is on the hub; the one here stands for it.
+    """
+    tokenizer = load_tokenizer(TOKENIZER)
+    for source in config.data.train:
+        if source.format is not SourceFormat.mds:
+            continue
+        assert source.tokenizer == "princeton-nlp/Llama-3-8B-ProLong-64k-Base"
+        source.tokenizer = TOKENIZER
+        ids = np.concatenate(tokenizer.encode_batch(some_texts(100))).tolist()
+        assert len(ids) > 40 * CONTEXT
+        documents = [ids[at : at + CONTEXT] for at in range(0, 40 * CONTEXT, CONTEXT)]
+        if not source.path.endswith(("-65536", "-524288")):
+            documents = [part for document in documents for part in (document[:23], document[23:])]
+        samples = [packed(*documents[at : at + 2]) for at in range(0, len(documents), 2)]
+        for part in range(2):
+            write(Path(source.path) / f"proc{part:02}-64", COLUMNS, {"shard.00000.mds": samples[part::2]})
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_ready_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -110,6 +134,7 @@ def test_ready_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
     if any(source.path.endswith(".zst") for source in config.data.train):
         pytest.importorskip("zstandard", reason="datasets reads .zst with it")
     monkeypatch.setattr(datasets, "load_dataset", load_locally(tmp_path))
+    write_prolong(config)
     assert config.data.name == name
     if config.data.heldout_fraction:
         config.data.heldout_fraction = 0.2  # of so few documents
@@ -122,6 +147,10 @@ def test_ready_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
     mix = build_mix(store, CONTEXT, 0, config.data.mix)
     if config.data.mix.full_rows is not None:
         assert mix.full_share == pytest.approx(config.data.mix.full_rows, abs=1e-6)
+    if name.startswith("prolong") and name != "prolong_text":
+        long = [pool for pool in mix.pools if pool.name.startswith(("code", "books"))]
+        assert sum(pool.share for pool in long) == pytest.approx(0.6, abs=0.02)
+        assert mix.full_share == pytest.approx(0.6, abs=0.02)  # theirs are rows of one document
     for source in config.data.train:
         if source.group_field or source.format is SourceFormat.repository:
             assert by_source[source.name]["records"] == 30  # repositories, of 60 files

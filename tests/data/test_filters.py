@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moba_train import embedded
 from moba_train.config import DataConfig, SourceConfig, SourceFormat
-from moba_train.data import encode, filters, tokens
+from moba_train.data import build, encode, filters
 from moba_train.data.filters import Overlap, SeenTexts, digest
 from moba_train.data.store import StoreWriter, TokenStore
 from moba_train.data.tokens import prepare_store
@@ -48,7 +48,7 @@ def test_repeated_texts_are_kept_once(tmp_path: Path) -> None:
 
 
 def test_an_interruption_changes_no_counter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "SHARD_BYTES", 300)
+    monkeypatch.setattr(build, "SHARD_BYTES", 300)
     monkeypatch.setattr(encode, "BATCH_CHARACTERS", 200)
     texts = [f"text number {i % 70} of many" for i in range(200)] + ["short"] * 9
     source = jsonl(tmp_path / "a.jsonl", texts)
@@ -124,21 +124,6 @@ def test_documents_that_overlap_an_evaluation_are_dropped(tmp_path: Path) -> Non
         prepare(tmp_path, [train], exclude=[exclude], exclude_words=0)
 
 
-def test_a_store_made_anew_says_what_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    source = jsonl(tmp_path / "a.jsonl", ["one", "two"])
-    first, _ = prepare(tmp_path, [source])
-    assert not caplog.messages
-    (tmp_path / "a.jsonl").write_text('{"text": "three"}\n')
-    other = jsonl(tmp_path / "b.jsonl", ["four"])
-    second, _ = prepare(tmp_path, [source, other], min_document_tokens=2)
-    assert second.manifest["sha256"] != first.manifest["sha256"]
-    (message,) = caplog.messages
-    assert message.endswith(
-        "as its inputs changed: min_document_tokens 1 -> 2; "
-        "train source 'a' files changed: a.jsonl, 1 in all; train source 'b' is new"
-    )
-
-
 def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = jsonl(tmp_path / "a.jsonl", ["one", "two"])
 
@@ -146,6 +131,6 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path: Path, monke
         (tmp_path / "a.jsonl").write_text("longer than it was before, while it is being read")
         return digest(text)
 
-    monkeypatch.setattr(tokens, "digest", keeps)
+    monkeypatch.setattr(build, "digest", keeps)
     with pytest.raises(ValueError, match="source 'a' changed while it was read; prepare it again"):
         prepare(tmp_path, [source])

@@ -50,6 +50,38 @@ def test_every_token_once(lengths: np.ndarray, context_length: int, seed: int) -
     assert len(rows) == rows.full_rows + plain_best_fit(lengths % context_length, context_length)
 
 
+@settings(max_examples=300, deadline=None)
+@given(lengths_lists, st.integers(1, 33), st.floats(0.001, 0.9))
+def test_documents_are_cut_where_there_is_too_much_padding(
+    lengths: np.ndarray, context_length: int, most_padding: float
+) -> None:
+    """Every token still once; padding within bounds, or less than a row; no document cut that need not be."""
+    whole = pack(lengths, context_length)
+    rows = pack(lengths, context_length, most_padding=most_padding)
+    check_cover(rows, lengths)
+    assert (rows.lengths > 0).all() and (rows.used <= context_length).all()
+    padding = len(rows) * context_length - rows.lengths.sum()
+    assert rows.padding_share <= most_padding or padding < context_length
+    assert rows.full_rows == whole.full_rows == rows.is_full.sum()
+    if whole.padding_share <= most_padding:
+        assert (rows.offsets == whole.offsets).all() and (rows.documents == whole.documents).all()
+    elif len(rows) < len(whole):
+        one_more = (len(rows) + 1) * context_length - rows.lengths.sum()
+        assert one_more > most_padding * (len(rows) + 1) * context_length  # a row less given up would be too few
+
+
+def test_documents_of_more_than_half_a_row() -> None:
+    """The worst case for whole documents, at a size where time counts."""
+    lengths = np.random.default_rng(0).integers(1100, 1400, 300_000)
+    assert pack(lengths, 2048).padding_share > 0.35
+    start = time.perf_counter()
+    rows = pack(lengths, 2048, most_padding=0.01)
+    assert time.perf_counter() - start < 20  # about 1 s alone
+    assert rows.padding_share <= 0.01
+    check_cover(rows, lengths)
+    assert (np.bincount(rows.documents) > 1).mean() < 0.7
+
+
 @pytest.mark.parametrize(
     ("lengths", "rows", "full_rows"),
     [

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import pytest
 
 from moba_train import embedded
 from moba_train.config import DataConfig, SourceConfig, SourceFormat
-from moba_train.data import encode, tokens
+from moba_train.data import build, encode
 from moba_train.data.documents import find_files
 from moba_train.data.store import StoreWriter, TokenStore
 from moba_train.data.tokenizer import load_tokenizer
@@ -58,7 +60,7 @@ def test_a_store_holds_each_document_as_encoded_whole(
     """Also where documents are cut into pieces over several batches, and the store into shards."""
     monkeypatch.setattr(encode, "PIECE_CHARACTERS", 100)
     monkeypatch.setattr(encode, "BATCH_CHARACTERS", 700)
-    monkeypatch.setattr(tokens, "SHARD_BYTES", 5000)
+    monkeypatch.setattr(build, "SHARD_BYTES", 5000)
     first, second = some_texts(30), [*some_texts(20, seed=1), "", "x" * 3000, "é"]
     store = prepared(
         config(tmp_path, jsonl(tmp_path / "a.jsonl", first), jsonl(tmp_path / "b.jsonl", second)), tokenizer=tokenizer
@@ -102,20 +104,125 @@ def test_big_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     assert (store.manifest["dtype"], store.document(0).tolist(), store.manifest["max_id"]) == ("<u4", [65536, 7], 65536)
 
 
-def test_made_once_and_anew_where_something_changed(tmp_path: Path) -> None:
+def files_of(folder: Path) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+
+
+def test_made_once_for_the_same_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Other settings and tokenizers lie beside it."""
     source = jsonl(tmp_path / "a.jsonl", some_texts(10))
     data = config(tmp_path, source)
     folder = prepare_store(data, TOKENIZER, progress=False)
-    made = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    made = files_of(folder)
     assert prepare_store(data, TOKENIZER, progress=False) == folder
-    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == made
+    assert files_of(folder) == made
 
     folders = {folder, prepare_store(data, SMOLLM2, progress=False)}
     data.min_document_tokens = 3
+    caplog.set_level("INFO", "moba_train.data.tokens")
     folders.add(prepare_store(data, TOKENIZER, progress=False))
-    jsonl(tmp_path / "a.jsonl", some_texts(11))
+    assert "min_document_tokens 1 -> 3" in caplog.text
+    data.train.append(jsonl(tmp_path / "b.jsonl", ["more"]))
     folders.add(prepare_store(data, TOKENIZER, progress=False))
+    assert "train source 'b' is new" in caplog.text
     assert len(folders) == 4
+
+
+def test_a_touched_copied_or_absent_source_is_the_same(tmp_path: Path) -> None:
+    """What a file holds counts, and nothing else: a fresh clone, a new time, no documents at all."""
+    source = jsonl(tmp_path / "a.jsonl", some_texts(10))
+    data = config(tmp_path, source)
+    folder = prepare_store(data, TOKENIZER, progress=False)
+    os.utime(source.path, ns=(1, 1))
+    assert prepare_store(data, TOKENIZER, progress=False) == folder
+    assert json.loads((folder / "inputs.json").read_text())["files"]["train"][0][0][2] == 1  # not to be read again
+    os.unlink(source.path)
+    assert prepare_store(data, TOKENIZER, progress=False) == folder
+    (folder / "train" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"a\.jsonl' does not exist"):  # unfinished, they are needed
+        prepare_store(data, TOKENIZER, progress=False)
+
+
+def test_a_changed_source_is_refused_or_rebuilt_when_asked(tmp_path: Path) -> None:
+    texts = some_texts(10)
+    source = jsonl(tmp_path / "a.jsonl", texts)
+    evaluation = jsonl(tmp_path / "e.jsonl", ["one two three four five"])
+    data = config(tmp_path, source, exclude=[evaluation], exclude_words=5)
+    folder = prepare_store(data, TOKENIZER, progress=False)
+    made = files_of(folder)
+    jsonl(tmp_path / "a.jsonl", [texts[0][::-1], *texts[1:]])  # of the same size
+    refused = r"was made of something else: train source 'a': a\.jsonl is changed\. Set data\.rebuild=true to make it"
+    with pytest.raises(ValueError, match=refused):
+        prepare_store(data, TOKENIZER, progress=False)
+    assert files_of(folder) == made
+    jsonl(tmp_path / "e.jsonl", ["six words that are not there"])
+    with pytest.raises(ValueError, match=r"a\.jsonl is changed; exclude source 'e': e\.jsonl is changed"):
+        prepare_store(data, TOKENIZER, progress=False)
+    before = TokenStore.open(folder / "train").manifest["sha256"]
+    data.rebuild = True
+    assert prepare_store(data, TOKENIZER, progress=False) == folder
+    assert TokenStore.open(folder / "train").manifest["sha256"] != before
+    made = files_of(folder)
+    prepare_store(data, TOKENIZER, progress=False)
+    assert files_of(folder) == made  # asked for again, nothing has changed
+
+
+def test_new_and_missing_files_are_told(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / f"{name}.txt").write_text(name * 9)
+    data = config(tmp_path, SourceConfig(name="texts", path=str(tmp_path / "texts")))
+    prepare_store(data, TOKENIZER, progress=False)
+    os.unlink(tmp_path / "texts" / "b.txt")
+    for name in "de":
+        (tmp_path / "texts" / f"{name}.txt").write_text(name * 9)
+    with pytest.raises(ValueError, match=r"2 files are new, d\.txt among them"):
+        prepare_store(data, TOKENIZER, progress=False)
+    with pytest.raises(ValueError, match=r"b\.txt is gone"):
+        prepare_store(data, TOKENIZER, progress=False)
+
+
+def test_another_version_of_the_code_is_refused_or_rebuilt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = config(tmp_path, jsonl(tmp_path / "a.jsonl", some_texts(10)))
+    folder = prepare_store(data, TOKENIZER, progress=False)
+    record = folder / "inputs.json"
+    record.write_text(record.read_text().replace('"format": 3', '"format": 2'))
+    with pytest.raises(ValueError, match=r"of another version of moba_train \(store format 2, now 3\)\. Set data\.reb"):
+        prepare_store(data, TOKENIZER, progress=False)
+    data.min_document_tokens = 2
+    prepare_store(data, TOKENIZER, progress=False)
+    assert f"{folder} was made by another version (store format 2, now 3): remove it" in caplog.text
+    data.min_document_tokens, data.rebuild = 1, True
+    prepare_store(data, TOKENIZER, progress=False)
+    assert '"format": 3' in record.read_text()
+
+
+def test_a_changed_tokenizer_is_refused_or_rebuilt(tmp_path: Path) -> None:
+    """Another one is another store; another content under the same name is told."""
+    data = config(tmp_path, jsonl(tmp_path / "a.jsonl", some_texts(10)))
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_bytes(Path(TOKENIZER).read_bytes())
+    folder = prepare_store(data, str(tokenizer), progress=False)
+    tokenizer.write_bytes(lzma.decompress(Path(SMOLLM2).read_bytes()))
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.json changed since the token store .* was made with it \(tokenizer "
+    ):
+        prepare_store(data, str(tokenizer), progress=False)
+    data.rebuild = True
+    assert prepare_store(data, str(tokenizer), progress=False) != folder
+
+
+def test_the_embedded_documents_have_one_store_wherever_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(DATA / "books" / "heldout", copy / "books" / "heldout")
+    names = []
+    for root in (DATA, copy):
+        monkeypatch.setattr(embedded, "folder", lambda name, root=root: root)
+        source = SourceConfig(name="books", path=str(root / "books" / "heldout"))
+        names.append(prepare_store(config(tmp_path, source), TOKENIZER, progress=False))
+    assert names[0] == names[1]
 
 
 def test_heldout_sources_and_fraction(tmp_path: Path) -> None:
@@ -150,8 +257,8 @@ def test_no_more_than_max_tokens_of_a_source(tmp_path: Path, monkeypatch: pytest
 CHILD = """
 import os, signal, sys
 from moba_train.config import DataConfig, SourceConfig, SourceFormat
-from moba_train.data import encode, tokens
-tokens.SHARD_BYTES = 4000
+from moba_train.data import build, encode, tokens
+build.SHARD_BYTES = 4000
 source, store, tokenizer, calls_left = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 def counted(call):
     def wrapper(*arguments):
@@ -174,9 +281,8 @@ def child(source: str, store: Path, kill_at: int = 0) -> subprocess.Popen[bytes]
 
 
 def content(store_dir: Path) -> dict[str, bytes]:
-    """Every file of the store but its lock."""
-    (folder,) = store_dir.iterdir()
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file() and f.name != "lock"}
+    (folder,) = store_dir.glob("some-*")
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_killed_at_ten_points_gives_the_same_store(tmp_path: Path) -> None:
@@ -185,7 +291,7 @@ def test_killed_at_ten_points_gives_the_same_store(tmp_path: Path) -> None:
     points = random.Random(1).sample(range(1, 21), 10)
     for point in points:
         assert child(source, tmp_path / "killed", point).wait() == -signal.SIGKILL
-        (folder,) = (tmp_path / "killed").iterdir()
+        (folder,) = (tmp_path / "killed").glob("some-*")
         with pytest.raises(ValueError, match="unfinished"):
             TokenStore.open(folder / "train")
     assert child(source, tmp_path / "killed").wait() == 0
@@ -196,14 +302,14 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "a.jsonl", some_texts(100)).path
     both = [child(source, tmp_path / "both") for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
-    (folder,) = (tmp_path / "both").iterdir()
+    (folder,) = (tmp_path / "both").glob("some-*")
     for split in ("train", "heldout"):
         TokenStore.open(folder / split).verify()
 
 
 def test_an_interrupted_source_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was counted before the interruption counts once."""
-    monkeypatch.setattr(tokens, "SHARD_BYTES", 2000)
+    monkeypatch.setattr(build, "SHARD_BYTES", 2000)
     monkeypatch.setattr(encode, "BATCH_CHARACTERS", 500)
     source = jsonl(tmp_path / "a.jsonl", [*some_texts(40), "", "", *some_texts(1500, seed=2, longest=3)])
     whole = prepared(config(tmp_path / "whole", source))
@@ -240,8 +346,8 @@ def test_unfinished_or_damaged_stores_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"00000\.tokens has -1 bytes"):
         TokenStore.open(store.path)
     manifest = store.path / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 9'))
-    with pytest.raises(ValueError, match="store format 9, not 2; prepare the data again"):
+    manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 9'))
+    with pytest.raises(ValueError, match="store format 9, not 3; prepare the data again"):
         TokenStore.open(store.path)
 
 
@@ -255,9 +361,14 @@ def test_bad_input_leaves_no_store(tmp_path: Path) -> None:
         ValueError, match=r"the train split holds no document: sources 'a' gave 3 records, 2 empty, 1 sho"
     ):
         prepare_store(config(tmp_path, source, min_document_tokens=99), TOKENIZER, progress=False)
+    (tmp_path / "empty.txt").write_text("")
+    held = jsonl(tmp_path / "held.jsonl", ["held out"])
+    with pytest.raises(ValueError, match="the train split holds no document: sources 'e' gave 1 records, 1 empty"):
+        empty = SourceConfig(name="e", path=str(tmp_path / "empty.txt"))
+        prepare_store(config(tmp_path, empty, heldout=[held]), TOKENIZER, progress=False)
     with pytest.raises(ValueError, match="the heldout split holds no document"):
         prepare_store(config(tmp_path, source, heldout_fraction=1e-9), TOKENIZER, progress=False)
-    assert not list((tmp_path / "store").rglob("manifest.json"))
+    assert not list((tmp_path / "store").glob("some-*"))  # not even a held-out store beside an empty one
     (tmp_path / "file").write_text("")
     data = config(tmp_path, source)
     data.store_dir = str(tmp_path / "file" / "store")
