@@ -9,6 +9,7 @@ from moba_train import __version__
 
 VERBS = {
     "train": "train, or sweep with --multirun",
+    "plan": "does a recipe fit, and how fast is it: memory and time, predicted",
     "prepare": "tokenise a recipe's documents into its token store",
     "inspect": "show what a recipe's data holds and what its stages will draw",
     "report": "write the report of a run or of a sweep",

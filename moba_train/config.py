@@ -91,7 +91,8 @@ class ModelConfig:
     name: str = "model"
     path: str | None = None  # folder or hub name; None builds `architecture` with random weights
     gguf_file: str | None = None  # a GGUF file inside `path`
-    architecture: dict[str, Any] = field(default_factory=dict)  # HF config keywords, `model_type` among them
+    # HF config keywords, `model_type` among them. Beside a path: the sizes that `plan` takes without its files.
+    architecture: dict[str, Any] = field(default_factory=dict)
     tokenizer: str | None = None  # tokenizer.json, or a folder or hub name; None: `path`'s own
 
 

@@ -124,6 +124,8 @@ class DecoderShape:
             raise ValueError(
                 f"model_type={kind} has no {missing[0]}; use a Llama-shaped decoder (Llama, Mistral, Qwen)"
             )
+        if wrong := [name for name in needed if getattr(config, name) < 1]:
+            raise ValueError(f"{wrong[0]}={getattr(config, wrong[0])} of model_type={kind}: must be at least 1")
         heads = config.num_attention_heads
         bias = bool(getattr(config, "attention_bias", False))
         return cls(

@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from moba_train import key_conv_folder
 from moba_train.config import ModelConfig, Precision
+from moba_train.cost import DecoderShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,22 +29,60 @@ DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 def model_configuration(model: ModelConfig) -> PretrainedConfig:
     """The Hugging Face configuration of a model, without its weights.
 
-    The checkpoint's own configuration wins: ``architecture`` describes a new model and is refused beside a ``path``.
+    The checkpoint's own configuration wins: an ``architecture`` beside a ``path`` tells ``plan`` the sizes of a model
+    that is not at hand, and must agree with it.
 
     Raises:
-        ValueError: neither or both of path and architecture, a folder without config.json, an unknown model_type.
+        ValueError: neither path nor architecture, two that differ, a folder without config.json, an unknown model_type.
     """
-    if (model.path is None) == (not model.architecture):
+    if model.path is None and not model.architecture:
         raise ValueError(
-            f"model.path={model.path} and model.architecture={dict(model.architecture)}: give a path to load, "
-            f"or an architecture to start from random weights, and not both"
+            "model.path and model.architecture are not set: give a path to load, or an architecture to start from "
+            "random weights"
         )
     if model.path is None:
-        keywords = dict(model.architecture)
-        kind = keywords.pop("model_type", None)
-        if kind is None:
-            raise ValueError("model.architecture has no model_type: add one, for example model_type: llama")
-        return _new_configuration(kind, keywords)
+        return described_configuration(model)
+    loaded = _loaded_configuration(model)
+    if model.architecture:
+        _check_description(loaded, model)
+    return loaded
+
+
+def described_configuration(model: ModelConfig) -> PretrainedConfig:
+    """The configuration that ``model.architecture`` describes.
+
+    Raises:
+        ValueError: no or an unknown model_type, or what is no setting of it.
+    """
+    keywords = dict(model.architecture)
+    kind = keywords.pop("model_type", None)
+    if kind is None:
+        raise ValueError("model.architecture has no model_type: add one, for example model_type: llama")
+    return _new_configuration(kind, keywords)
+
+
+def planned_shape(model: ModelConfig) -> DecoderShape:
+    """The sizes of a model, from ``model.architecture`` where it is given: the files may not be at hand.
+
+    Raises:
+        ValueError: as ``model_configuration``, or no Llama-shaped decoder.
+    """
+    return DecoderShape.from_config(
+        described_configuration(model) if model.architecture else model_configuration(model)
+    )
+
+
+def _check_description(loaded: PretrainedConfig, model: ModelConfig) -> None:
+    for name, described in model.architecture.items():
+        if name != "rope_parameters" and (found := getattr(loaded, name, None)) != described:
+            raise ValueError(
+                f"model.architecture.{name}={described} and model.path={model.path} has {found}: take out the "
+                f"architecture, which a model that is loaded does not need, or correct it"
+            )
+
+
+def _loaded_configuration(model: ModelConfig) -> PretrainedConfig:
+    assert model.path is not None
     looks_local = model.path.startswith((".", "/", "~")) or model.path.count("/") != 1
     folder = Path(model.path).expanduser()
     if looks_local and not folder.is_dir():

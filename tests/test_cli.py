@@ -101,7 +101,7 @@ UNUSABLE = {
         ["launch.device=cuda", "launch.processes=4"],
         ["launch.processes=4", "GPUs", "launch.device=cpu"],
     ),
-    "both a folder and an architecture": (["model.path=/nope/model"], ["model.path=/nope/model", "not both"]),
+    "a folder that is missing": (["model.path=/nope/model"], ["model.path=/nope/model", "not a folder"]),
     "typo in the architecture": (["+model.architecture.hiden_size=64"], ["hiden_size", "did you mean hidden_size"]),
     "unknown architecture": (["model.architecture.model_type=lama"], ["model_type=lama", "llama"]),
     "heads that do not divide": (["model.architecture.num_attention_heads=5"], ["model.architecture", "32", "5"]),
@@ -207,7 +207,7 @@ def test_a_sweep_goes_on_past_a_point_that_fails(
 
 
 def test_other_verbs(refused) -> None:
-    assert refused(verb="nope").startswith("unknown verb 'nope': choose from train, prepare, ")
+    assert refused(verb="nope").startswith("unknown verb 'nope': choose from train, plan, prepare, ")
     assert refused(verb="report") == "run is not given: moba-train report run=DIRECTORY"
     assert "/nope" in refused("run=/nope", verb="report")
     assert "'run' is not key=value" in refused("run", verb="report")

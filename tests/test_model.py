@@ -100,7 +100,6 @@ def test_no_folder_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
     refused("give a path to load, or an architecture")
-    refused("not both", path="/nope", architecture={"model_type": "llama"})
     refused(r"model\.path=/nope is not a folder", path="/nope")
     refused(r"model\.path=nope is not a folder", path="nope")
     refused("holds no config.json", path=str(tmp_path))

@@ -17,7 +17,7 @@ FLOORS = [
     "runtime cost loss rope optimizer data resolved validate hf_attention recompute key_conv_folder",
     "schedule tracking model metrics fetch observe profiler",
     "batch parallel checkpoint export summary report",
-    "evaluate preflight",
+    "evaluate preflight plan",
     "train",
     "worker",
     "commands",

@@ -19,13 +19,18 @@ from moba_train.config import Config
 _LONGEST_NAME = 120  # of a sweep's run directory; file systems stop at 255 bytes
 
 
-def run_hydra(config_name: str, job: Callable[[DictConfig], object], arguments: list[str]) -> None:
+def run_hydra(
+    config_name: str, job: Callable[[DictConfig], object], arguments: list[str], schema: type[Config] = Config
+) -> None:
     """Compose ``configs/<config_name>.yaml`` with the overrides and call ``job``, once a point of a sweep.
+
+    Args:
+        schema: ``Config``, or a verb's own with further settings.
 
     Raises:
         ValueError: one line, for an override that cannot be read, an unknown key or config, or a wrong type.
     """
-    register()
+    register(schema)
     # Hydra reads its arguments there, and takes options only before overrides.
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     options = [argument for argument in arguments if argument not in overrides]
@@ -54,9 +59,9 @@ def run_hydra(config_name: str, job: Callable[[DictConfig], object], arguments: 
         raise faults[0]
 
 
-def register() -> None:
+def register(schema: type[Config] = Config) -> None:
     """The schema ``base_config`` and the resolvers that the recipes use."""
-    ConfigStore.instance().store(name="base_config", node=Config)
+    ConfigStore.instance().store(name="base_config", node=schema)
     OmegaConf.register_new_resolver("embedded", lambda path: str(embedded.folder("data") / path), replace=True)
     OmegaConf.register_new_resolver("sweep_name", _sweep_name, replace=True)
 

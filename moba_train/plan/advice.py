@@ -1,0 +1,106 @@
+"""Which settings make a recipe smaller, and at what cost: the whole prediction again with each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from moba_train.config import Config
+from moba_train.plan.estimate import Estimate, estimate
+from moba_train.validate import validate
+
+_SMALLEST = 1e8  # bytes saved below which a switch is not worth a line
+_MOST_TOGETHER = 8
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A setting changed, and the recipe with it."""
+
+    settings: dict[str, Any]
+    config: Config
+    estimate: Estimate
+    before: Estimate
+
+    @property
+    def text(self) -> str:
+        """As on the command line."""
+        return " ".join(f"{key}={_written(value)}" for key, value in self.settings.items())
+
+    @property
+    def saved(self) -> float:
+        """Bytes of a GPU's memory."""
+        return self.before.needed - self.estimate.needed
+
+    @property
+    def slowdown(self) -> float:
+        """Time of the schedule over what it was."""
+        return self.estimate.seconds / self.before.seconds
+
+
+def switches(before: Estimate, config: Config) -> list[Switch]:
+    """Every switch that saves memory, by itself, the one that saves most first."""
+    found = [switch for settings in _candidates(config) if (switch := _try(settings, config, before)) is not None]
+    return sorted((switch for switch in found if switch.saved > _SMALLEST), key=lambda switch: -switch.saved)
+
+
+def together(before: Estimate, config: Config) -> list[Switch]:
+    """Switches one after the other until the recipe fits: the fastest that suffices, else the one that saves most.
+
+    Returns:
+        The steps; the last one's estimate may still not fit, where nothing more helps.
+    """
+    steps: list[Switch] = []
+    while not before.fits and len(steps) < _MOST_TOGETHER:
+        offered = switches(before, config)
+        if not offered:
+            break
+        enough = [switch for switch in offered if switch.estimate.fits]
+        step = min(enough, key=lambda switch: switch.slowdown) if enough else offered[0]
+        steps.append(step)
+        before, config = step.estimate, step.config
+    return steps
+
+
+def _candidates(config: Config) -> Iterator[dict[str, Any]]:
+    train = config.train
+    if config.launch.world_size > 1 or train.zero_stage == 0:
+        yield from ({"train.zero_stage": stage} for stage in range(max(1, train.zero_stage + 1), 4))
+    if not train.activation_checkpointing:
+        yield {"train.activation_checkpointing": True}
+    if train.micro_batch_tokens is not None:
+        yield {"train.micro_batch_tokens": None}
+    if train.loss_tile_tokens > 512:
+        yield {"train.loss_tile_tokens": 512}
+
+
+def _try(settings: dict[str, Any], config: Config, before: Estimate) -> Switch | None:
+    """None where the settings do not go together."""
+    changed = with_settings(config, settings)
+    try:
+        validate(changed)
+    except ValueError:
+        return None
+    after = estimate(changed, before.stages[0].setup.shape, before.hardware)
+    return Switch(settings, changed, after, before)
+
+
+def with_settings(config: Config, settings: dict[str, Any]) -> Config:
+    """A copy with dotted keys set."""
+    changed = copy.deepcopy(config)
+    for key, value in settings.items():
+        *groups, name = key.split(".")
+        group: Any = changed
+        for each in groups:
+            group = getattr(group, each)
+        assert hasattr(group, name), key
+        setattr(group, name, value)
+    return changed
+
+
+def _written(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(getattr(value, "name", value))

@@ -1,0 +1,84 @@
+"""One stage of a recipe as one GPU sees it: the only file here that reads the recipe's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moba_train.attention.spec import AttentionSpec
+from moba_train.config import Config, Precision, TrainConfig
+from moba_train.cost import DecoderShape
+from moba_train.schedule import Stage
+from moba_train.validate import micro_batch_rows
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A stage on its GPUs. Every row is taken as one segment that fills the context, which costs most."""
+
+    config: Config
+    shape: DecoderShape
+    stage: Stage
+
+    @property
+    def train(self) -> TrainConfig:
+        return self.config.train
+
+    @property
+    def world_size(self) -> int:
+        return self.config.launch.world_size
+
+    @property
+    def nodes(self) -> int:
+        return self.config.launch.nodes
+
+    @property
+    def gpus_per_node(self) -> int:
+        return -(-self.world_size // self.nodes)
+
+    @property
+    def sequence_parallel_size(self) -> int:
+        return 1
+
+    @property
+    def rows(self) -> int:
+        """Of a micro-batch, shared by the ranks of a sequence-parallel group."""
+        return micro_batch_rows(self.config, self.stage.context_length)
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch, on one rank."""
+        return self.rows * self.stage.context_length // self.sequence_parallel_size
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a step, on one rank."""
+        groups = self.world_size // self.sequence_parallel_size
+        return self.train.tokens_per_step // (groups * self.rows * self.stage.context_length)
+
+    @property
+    def specs(self) -> list[AttentionSpec]:
+        """Attention of each layer."""
+        return self.stage.plan(self.shape.layers)
+
+    @property
+    def query_size(self) -> int:
+        """Numbers of a token's queries, all heads. Under sequence parallelism a rank has some heads of all tokens,
+        which are as many."""
+        return self.shape.heads * self.shape.head_dim
+
+    @property
+    def key_size(self) -> int:
+        """Numbers of a token's keys; where there are fewer heads than ranks to share them, they are repeated."""
+        return max(self.shape.kv_heads, self.sequence_parallel_size) * self.shape.head_dim
+
+
+def refuse(config: Config) -> None:
+    """
+    Raises:
+        ValueError: a recipe whose memory and time are not predicted.
+    """
+    if config.train.precision is not Precision.bf16:
+        raise ValueError(
+            f"train.precision={config.train.precision.name} is not planned, GPUs are given bf16: add "
+            f"train.precision=bf16 train.zero_stage=1"
+        )

@@ -1,0 +1,44 @@
+"""moba-train plan: composed as train is, without a GPU, a hub or the model's files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moba_train.cli import run
+
+SMALL = ["model=llama3_1b", "train.precision=bf16", "train.zero_stage=1"]
+
+
+def test_tables_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    assert run(["plan", *SMALL, "plan.memory_gb=20", f"output={file}"]) == 0
+    text = capsys.readouterr().out
+    found = json.loads(file.read_text())
+    assert "1.24 billion parameters on 1 H200 of 20 GB" in text and "It does not fit" in text
+    assert not found["fits"] and found["gpus"] == 1
+    assert [stage["name"] for stage in found["stages"]] == ["moba", "full"]
+    for stage in found["stages"]:
+        memory = stage["memory_bytes"]
+        assert memory["peak"] == pytest.approx(sum(memory["moments"][memory["peak_moment"]].values()))
+        times = stage["step_seconds"]
+        assert times.pop("total") == pytest.approx(sum(times.values()))
+    assert all(switch["saved_bytes"] > 0 and switch["settings"].split("=")[0] in text for switch in found["switches"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "train.precision=fp32 is not planned, GPUs are given bf16"),
+        ([*SMALL, "plan.gpu=H900"], "plan.gpu=H900 is unknown: choose from H200"),
+        ([*SMALL, "plan.speed=2"], "plan.speed"),
+        ([*SMALL, "launch.gpus=3"], "launch.gpus=3"),
+        ([*SMALL, "model.architecture.num_hidden_layers=-1"], "num_hidden_layers"),
+    ],
+)
+def test_bad_settings_are_one_line(arguments: list[str], words: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", *arguments]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: ") and words in lines[-1]
