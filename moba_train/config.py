@@ -73,6 +73,23 @@ class Device(Enum):
     cuda = "cuda"
 
 
+class OffloadDevice(Enum):
+    """Where optimizer state or parameters wait: on the GPU (``none``), in host memory or on a disk."""
+
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
+class FusedKernels(Enum):
+    """Norms, rotary embedding, SwiGLU and cross entropy in Liger's Triton kernels. ``auto``: on CUDA, where
+    liger-kernel is installed; ``liger``: there, and refused elsewhere; ``none``: in plain torch."""
+
+    auto = "auto"
+    liger = "liger"
+    none = "none"
+
+
 @dataclass
 class RunConfig:
     """Where a run lives. ``dir/name`` is its directory; a given name is stable, so that ``resume`` can find it."""
@@ -256,6 +273,16 @@ class OptimizerConfig:
 
 
 @dataclass
+class OffloadConfig:
+    """What waits outside the GPU's memory while it is not needed; each costs its transfers."""
+
+    optimizer: OffloadDevice = OffloadDevice.none  # fp32 parameters and moments; the update runs on the CPU
+    parameters: OffloadDevice = OffloadDevice.none  # needs zero_stage=3
+    nvme_path: str | None = None  # a folder on the disk, for nvme
+    hidden_states: bool = False  # the inputs of checkpointed layers, in pinned host memory
+
+
+@dataclass
 class TrainConfig:
     """One optimizer step and how it is computed."""
 
@@ -265,8 +292,14 @@ class TrainConfig:
     precision: Precision = Precision.fp32
     zero_stage: int = 0
     gradient_clipping: float = 1.0  # global norm; 0: off
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = False  # keep each layer's input and gate choices, compute the rest again
+    keep_attention: bool = False  # of what is computed again, leave out attention: its output is kept, as large as q
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
     loss_tile_tokens: int = 2048  # tokens whose logits exist at one time
+    mlp_tile_tokens: int = 0  # tokens whose MLP activations exist at one time; 0: all
+    gradient_dtype: Precision = Precision.fp32  # in which gradients of micro-batches add up; bf16 loses small ones
+    reduction_dtype: Precision | None = None  # in which ranks add up gradients; None: as train.precision
+    fused_kernels: FusedKernels = FusedKernels.auto
     log_every: int = 1  # steps
     profile_steps: list[int] = field(default_factory=list)  # [first, last] to trace into <run>/profile, counted from 1
 

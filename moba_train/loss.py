@@ -1,8 +1,9 @@
 """Next-token loss of every position, without the full logits.
 
-Logits of a 128K-token row over a 128K vocabulary are 64 GB in fp32. Here they exist for one tile of tokens at a time,
-forward and backward: each tile is recomputed in the backward pass (``torch.utils.checkpoint``), which costs one more
-pass through the output layer and works with whatever the output layer is, ZeRO-3 partitions and biases included.
+Logits of a 128K-token row over a 128K vocabulary are 64 GB in fp32. Here they exist for one tile of tokens at a time.
+In training a tile's loss and gradients are computed at once, in the forward pass: three products with the output
+layer's matrix. Where that matrix is not at hand as a whole (ZeRO-3) or is not all the layer does, the tile is computed
+again in the backward pass (``torch.utils.checkpoint``), which costs a fourth and works with whatever the layer is.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from moba_train.layers.cross_entropy import IGNORE, losses_and_gradient
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-IGNORE = -100  # transformers' label of a position without a target
 
 
 def shift_labels(labels: torch.Tensor) -> torch.Tensor:
@@ -57,6 +59,66 @@ def tiled_losses(
     return torch.cat([checkpoint(tile, h, t, use_reentrant=False) for h, t in tiles])
 
 
+class _ScaledLoss(torch.autograd.Function):
+    """Losses and, times ``scale``, their sum; the sum's gradients are computed here and kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        scale: float,
+        tile_tokens: int,
+        fused: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+        grad_hidden = hidden.new_empty(hidden.shape)
+        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        tiles = (x.split(tile_tokens) for x in (hidden, targets, losses, grad_hidden))
+        for tile, targets_tile, losses_tile, grad_tile in zip(*tiles, strict=True):
+            losses_, gradient = losses_and_gradient(tile @ weight.t(), targets_tile, fused)
+            losses_tile.copy_(losses_)
+            # The scale goes into the product's own fp32, so that bf16 rounds once.
+            torch.addmm(grad_tile, gradient, weight, beta=0, alpha=scale, out=grad_tile)
+            grad_weight += gradient.t() @ tile
+        ctx.gradients = (grad_hidden, grad_weight.mul_(scale).to(weight.dtype))
+        ctx.mark_non_differentiable(losses)
+        return losses.sum() * scale, losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, _grad_losses: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        grad_hidden, grad_weight = (gradient.mul_(grad) for gradient in ctx.gradients)
+        del ctx.gradients
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def scaled_loss(
+    hidden: torch.Tensor,
+    output_layer: nn.Module,
+    targets: torch.Tensor,
+    scale: float,
+    tile_tokens: int,
+    fused: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a training step differentiates, and the losses it is made of.
+
+    Args:
+        hidden, output_layer, targets, tile_tokens: as in ``tiled_losses``.
+        scale: what the sum of losses is multiplied with; known before, it need not pass through the tiles again.
+        fused: the cross entropy in one Triton kernel, on CUDA.
+
+    Returns:
+        scale * the sum of losses, a scalar with gradients, and the losses (tokens,) in fp32 nats, without.
+    """
+    whole = type(output_layer) is nn.Linear and output_layer.bias is None and not hasattr(output_layer.weight, "ds_id")
+    if whole and torch.is_grad_enabled():
+        return _ScaledLoss.apply(hidden, output_layer.weight, targets, scale, tile_tokens, fused)
+    losses = tiled_losses(hidden, output_layer, targets, tile_tokens)
+    return losses.sum() * scale, losses.detach()
+
+
 def refuse_changed_logits(configuration: PretrainedConfig) -> None:
     """
     Raises:
@@ -72,9 +134,9 @@ def refuse_changed_logits(configuration: PretrainedConfig) -> None:
 
 
 class TokenLosses(nn.Module):
-    """A causal LM whose forward pass gives the loss of every token in the place of logits."""
+    """A causal LM whose forward pass gives losses in the place of logits."""
 
-    def __init__(self, model: PreTrainedModel, tile_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, tile_tokens: int, fused: bool = False) -> None:
         """
         Raises:
             ValueError: as ``refuse_changed_logits``.
@@ -83,17 +145,24 @@ class TokenLosses(nn.Module):
         refuse_changed_logits(model.config)
         self.model = model
         self.tile_tokens = tile_tokens
+        self.fused = fused
 
-    def forward(self, input_ids: torch.Tensor, targets: torch.Tensor, **model_keywords: Any) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, targets: torch.Tensor, scale: float = 1.0, **model_keywords: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             input_ids, targets: (batch, length) int64; ``targets`` as ``shift_labels`` gives them.
+            scale: what the sum of losses is multiplied with.
             model_keywords: position_ids and the segment bounds, for the backbone.
 
         Returns:
-            (batch, length) fp32 nats; entry i is the loss of the token at i + 1, 0 where that is no target.
+            scale * the sum of losses, for the backward pass, and the losses: (batch, length) fp32 nats without
+            gradients; entry i is the loss of the token at i + 1, 0 where that is no target.
         """
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False, **model_keywords).last_hidden_state
         output_layer = self.model.get_output_embeddings()
-        losses = tiled_losses(hidden.flatten(0, 1), output_layer, targets.flatten(), self.tile_tokens)
-        return losses.view_as(targets)
+        loss, losses = scaled_loss(
+            hidden.flatten(0, 1), output_layer, targets.flatten(), scale, self.tile_tokens, self.fused
+        )
+        return loss, losses.view_as(targets)

@@ -1,6 +1,6 @@
 """AdamW and its parameter groups.
 
-torch's own AdamW, not DeepSpeed's fused one: it resumes to identical hashes on CPU and needs no compiler
+torch's own AdamW, not DeepSpeed's FusedAdam or CPUAdam: it resumes to identical hashes on CPU and needs no compiler
 (DeepSpeed accepts it under ZeRO through ``zero_allow_untested_optimizer``).
 """
 
@@ -29,13 +29,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """The learning rate is set at every step by the schedule, so it starts at 0 here."""
+def build_optimizer(model: nn.Module, config: OptimizerConfig, fused: bool) -> torch.optim.AdamW:
+    """The learning rate is set at every step by the schedule, so it starts at 0 here.
+
+    Args:
+        fused: update in one pass over parameters, gradients and moments: on a GPU, where the others' temporaries are
+            as large as the parameters, and for state that is offloaded to the CPU.
+    """
     return torch.optim.AdamW(
         parameter_groups(model, config.weight_decay),
         lr=0.0,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
+        fused=fused,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 
-from moba_train.config import Config, Precision, Resume, SourceConfig
+from moba_train.config import Config, Device, FusedKernels, OffloadDevice, Precision, Resume, SourceConfig
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
 _LONGEST_NAME = 120  # file systems stop at 255 bytes, and a time or a hash is added to some
@@ -26,6 +26,7 @@ def validate(config: Config) -> None:
     """
     _names(config)
     _ranges(config)
+    _memory(config)
     _data(config)
     _sequence_parallel(config)
     _batch(config)
@@ -59,6 +60,7 @@ def _ranges(config: Config) -> None:
         "train.tokens_per_step": (config.train.tokens_per_step, 1),
         "train.sequence_parallel_size": (config.train.sequence_parallel_size, 1),
         "train.loss_tile_tokens": (config.train.loss_tile_tokens, 1),
+        "train.mlp_tile_tokens": (config.train.mlp_tile_tokens, 0),
         "train.log_every": (config.train.log_every, 1),
         "train.gradient_clipping": (config.train.gradient_clipping, 0),
         "position_loss.bin_size": (config.position_loss.bin_size, 1),
@@ -129,6 +131,32 @@ def _ranges(config: Config) -> None:
         raise ValueError(
             "train.precision=bf16 with train.zero_stage=0 keeps no sharded fp32 state: set train.zero_stage=1"
         )
+
+
+def _memory(config: Config) -> None:
+    """Switches that save memory, and what each rests on."""
+    train, offload = config.train, config.train.offload
+    devices = {"optimizer": offload.optimizer, "parameters": offload.parameters}
+    for name, device in devices.items():
+        least = 3 if name == "parameters" or device is OffloadDevice.nvme else 1
+        if device is not OffloadDevice.none and train.zero_stage < least:
+            raise ValueError(
+                f"train.offload.{name}={device.name} with train.zero_stage={train.zero_stage}: set train.zero_stage="
+                f"{least}"
+            )
+        if device is OffloadDevice.nvme and offload.nvme_path is None:
+            raise ValueError(f"train.offload.{name}=nvme needs train.offload.nvme_path, a folder on that disk: set it")
+    if offload.nvme_path is not None and OffloadDevice.nvme not in devices.values():
+        raise ValueError(
+            f"train.offload.nvme_path={offload.nvme_path} is not used: set train.offload.optimizer=nvme, or take it out"
+        )
+    for name, wanted in (("keep_attention", train.keep_attention), ("offload.hidden_states", offload.hidden_states)):
+        if wanted and not train.activation_checkpointing:
+            raise ValueError(f"train.{name}=true needs train.activation_checkpointing=true: set it")
+    if train.gradient_dtype is Precision.bf16 and train.precision is Precision.fp32:
+        raise ValueError("train.gradient_dtype=bf16 with train.precision=fp32: set train.precision=bf16")
+    if train.fused_kernels is FusedKernels.liger and config.launch.device is Device.cpu:
+        raise ValueError("train.fused_kernels=liger with launch.device=cpu: Liger's kernels need a GPU; set auto")
 
 
 def _data(config: Config) -> None:

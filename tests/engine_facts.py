@@ -1,7 +1,7 @@
 """What DeepSpeed's engine does with our settings, as JSON on the last line. A script: one engine a process is the rule
 (moba_train/parallel/launch.py), and several here are only safe because nothing but numbers leaves it.
 
-    python engine_facts.py ZERO_STAGE PRECISION
+    python engine_facts.py ZERO_STAGE PRECISION OFFLOADED_OPTIMIZER OFFLOADED_PARAMETERS
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ import sys
 import torch
 from torch import nn
 
-from moba_train.config import Device, LaunchConfig, OptimizerConfig, Precision, TrainConfig
+from moba_train.config import (
+    Device,
+    LaunchConfig,
+    OffloadConfig,
+    OffloadDevice,
+    OptimizerConfig,
+    Precision,
+    TrainConfig,
+)
 from moba_train.optimizer import build_optimizer, set_learning_rate
 from moba_train.parallel.engine import build_engine, set_accumulation, step_engine
 from moba_train.runtime import finish, start
@@ -33,7 +41,7 @@ def micro_batch(step: int, index: int) -> torch.Tensor:
 def plain() -> dict:
     """The same steps in plain torch, whole batches at once."""
     module = model()
-    optimizer = build_optimizer(module, OptimizerConfig())
+    optimizer = build_optimizer(module, OptimizerConfig(), fused=False)
     set_learning_rate(optimizer, 0.01)
     norms = []
     for step, count in enumerate(MICRO_BATCHES):
@@ -57,7 +65,8 @@ def engines_own(train: TrainConfig) -> dict:
     module = model()
     dtype = torch.bfloat16 if train.precision is Precision.bf16 else torch.float32
     module.to(dtype)
-    engine = build_engine(module, build_optimizer(module, OptimizerConfig()), train, runtime)
+    optimizer = build_optimizer(module, OptimizerConfig(), fused=train.offload.optimizer is not OffloadDevice.none)
+    engine = build_engine(module, optimizer, train, runtime)
     set_learning_rate(engine.optimizer, 0.01)
     norms: list[float] = []
     for step, count in enumerate(MICRO_BATCHES):
@@ -82,5 +91,7 @@ def engines_own(train: TrainConfig) -> dict:
 
 
 if __name__ == "__main__":
-    given = TrainConfig(zero_stage=int(sys.argv[1]), precision=Precision[sys.argv[2]], gradient_clipping=LIMIT)
+    stage, precision, optimizer, parameters = sys.argv[1:]
+    given = TrainConfig(zero_stage=int(stage), precision=Precision[precision], gradient_clipping=LIMIT)
+    given.offload = OffloadConfig(optimizer=OffloadDevice[optimizer], parameters=OffloadDevice[parameters])
     print(json.dumps({"engine": engines_own(given), "plain": plain()}))

@@ -11,29 +11,38 @@ from pathlib import Path
 import pytest
 import torch
 
-from moba_train.config import Config, Precision, TrainConfig
+from moba_train.config import Config, OffloadDevice, Precision, TrainConfig
 from moba_train.metrics_file import read_rows
 from moba_train.parallel.engine import engine_config
 from moba_train.runtime import Runtime
 from tiny import run_worker
 
+CASES = {
+    "ZeRO 0": (0, "fp32", "none", "none"),
+    "ZeRO 1 bf16": (1, "bf16", "none", "none"),
+    "ZeRO 2, optimizer on the CPU": (2, "fp32", "cpu", "none"),
+    "ZeRO 3": (3, "fp32", "none", "none"),
+    "ZeRO 3, all on the CPU": (3, "fp32", "cpu", "cpu"),
+}
+
 
 @pytest.fixture(
     scope="module",
-    params=[(0, "fp32"), (1, "bf16"), pytest.param((3, "fp32"), marks=pytest.mark.distributed)],
-    ids=["ZeRO 0", "ZeRO 1 bf16", "ZeRO 3"],
+    params=[
+        pytest.param(case, id=name, marks=[pytest.mark.distributed] if case[0] >= 2 else [])
+        for name, case in CASES.items()
+    ],
 )
 def facts(request) -> dict:
-    zero_stage, precision = request.param
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("engine_facts.py")), str(zero_stage), precision],
+        [sys.executable, str(Path(__file__).with_name("engine_facts.py")), *map(str, request.param)],
         capture_output=True,
         text=True,
         timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    return {**json.loads(done.stdout.splitlines()[-1]), "relative": 1e-5 if precision == "fp32" else 2e-2}
+    return {**json.loads(done.stdout.splitlines()[-1]), "relative": 1e-5 if request.param[1] == "fp32" else 2e-2}
 
 
 def test_steps_are_those_of_plain_torch(facts: dict) -> None:
@@ -56,6 +65,21 @@ def test_only_plain_fp32_is_clipped_here() -> None:
     assert sharded["gradient_clipping"] == 0.7
     assert sharded["zero_optimization"] == {"stage": 2}
     assert sharded["bf16"] == {"enabled": True}
+
+
+def test_offload_and_types_of_gradients() -> None:
+    train = TrainConfig(zero_stage=3, precision=Precision.bf16, gradient_dtype=Precision.bf16)
+    train.reduction_dtype = Precision.fp32
+    train.offload.optimizer, train.offload.nvme_path = OffloadDevice.nvme, "/disk"
+    train.offload.parameters = OffloadDevice.cpu
+    config = engine_config(train, Runtime(0, 2, 0, torch.device("cpu")))
+    assert config["zero_optimization"] == {
+        "stage": 3,
+        "offload_optimizer": {"device": "nvme", "nvme_path": "/disk"},
+        "offload_param": {"device": "cpu"},
+    }
+    assert config["data_types"] == {"grad_accum_dtype": "bf16"}
+    assert config["communication_data_type"] == "fp32"
 
 
 @pytest.mark.distributed

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moba_train.loss import IGNORE, shift_labels, tiled_losses
+from moba_train.loss import IGNORE, scaled_loss, shift_labels, tiled_losses
 
 
 def test_shift_gives_each_position_its_rows_next_label() -> None:
@@ -31,6 +31,36 @@ def test_tiles_equal_whole_logits(tile: int, bias: bool) -> None:
     torch.testing.assert_close(tiled, whole)
     for got, want in zip(gradients, expected, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("tile", [1, 7, 1000])
+@pytest.mark.parametrize("bias", [False, True], ids=["at once", "computed again"])
+def test_the_scaled_loss_equals_whole_logits(tile: int, bias: bool) -> None:
+    layer = nn.Linear(8, 50, bias=bias)
+    hidden = torch.randn(64, 8, requires_grad=True)
+    targets = torch.randint(50, (64,))
+    targets[::5] = IGNORE
+    losses = F.cross_entropy(layer(hidden), targets, ignore_index=IGNORE, reduction="none")
+    expected = torch.autograd.grad(3 * 0.01 * losses.sum(), [hidden, *layer.parameters()])
+    total, each = scaled_loss(hidden, layer, targets, 0.01, tile)
+    found = torch.autograd.grad(3 * total, [hidden, *layer.parameters()])
+    torch.testing.assert_close(total, 0.01 * losses.sum())
+    torch.testing.assert_close(each, losses.detach())
+    assert not each.requires_grad
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_gradients_of_the_output_layer_add_up_in_fp32() -> None:
+    """2,048 tiles of one token with the same gradient: bf16 sums would stop growing at 256 of them."""
+    layer = nn.Linear(8, 50, bias=False).to(torch.bfloat16)
+    hidden = torch.ones(2048, 8, dtype=torch.bfloat16, requires_grad=True)
+    total, _ = scaled_loss(hidden, layer, torch.zeros(2048, dtype=torch.int64), 1.0, 1)
+    (found,) = torch.autograd.grad(total, layer.weight)
+    weight = layer.weight.detach().double().requires_grad_()
+    whole = F.cross_entropy(hidden.double() @ weight.t(), torch.zeros(2048, dtype=torch.int64), reduction="sum")
+    (expected,) = torch.autograd.grad(whole, weight)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=1.0)
 
 
 def test_only_a_tile_of_logits_exists() -> None:

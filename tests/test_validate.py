@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moba_train.config import Config, Precision, Resume, StageLearningRateConfig
+from moba_train.config import Config, FusedKernels, OffloadDevice, Precision, Resume, StageLearningRateConfig
 from moba_train.validate import micro_batch_rows, validate
 
 
@@ -35,6 +35,7 @@ OUT_OF_RANGE = [
     ("train.micro_batch_tokens", 0),
     ("train.loss_tile_tokens", 0),
     ("train.sequence_parallel_size", 0),
+    ("train.mlp_tile_tokens", -1),
     ("train.log_every", 0),
     ("train.gradient_clipping", math.nan),
     ("train.zero_stage", 4),
@@ -99,6 +100,49 @@ def test_bf16_needs_fp32_state(tiny_config: Config) -> None:
         validate(tiny_config)
     tiny_config.train.zero_stage = 1
     validate(tiny_config)
+
+
+def test_offload_rests_on_zero(tiny_config: Config) -> None:
+    train = tiny_config.train
+    train.offload.optimizer = OffloadDevice.cpu
+    with pytest.raises(ValueError, match=r"train\.offload\.optimizer=cpu with train\.zero_stage=0: set .*zero_stage=1"):
+        validate(tiny_config)
+    train.zero_stage = 1
+    validate(tiny_config)
+    train.offload.parameters = OffloadDevice.cpu
+    with pytest.raises(ValueError, match=r"train\.offload\.parameters=cpu with .*zero_stage=1: set .*zero_stage=3"):
+        validate(tiny_config)
+    train.zero_stage = 3
+    validate(tiny_config)
+    train.offload.parameters = OffloadDevice.nvme
+    with pytest.raises(ValueError, match=r"parameters=nvme needs train\.offload\.nvme_path"):
+        validate(tiny_config)
+    train.offload.nvme_path = "/disk"
+    validate(tiny_config)
+    train.offload.parameters = OffloadDevice.none
+    with pytest.raises(ValueError, match=r"train\.offload\.nvme_path=/disk is not used"):
+        validate(tiny_config)
+
+
+@pytest.mark.parametrize("key", ["train.keep_attention", "train.offload.hidden_states"])
+def test_what_belongs_to_activation_checkpointing(tiny_config: Config, key: str) -> None:
+    change(tiny_config, key, True)
+    with pytest.raises(ValueError, match=rf"{key}=true needs train\.activation_checkpointing=true"):
+        validate(tiny_config)
+    tiny_config.train.activation_checkpointing = True
+    validate(tiny_config)
+
+
+def test_gradients_are_not_kept_below_the_model(tiny_config: Config) -> None:
+    tiny_config.train.gradient_dtype = Precision.bf16
+    with pytest.raises(ValueError, match=r"gradient_dtype=bf16 with train\.precision=fp32"):
+        validate(tiny_config)
+
+
+def test_fused_kernels_need_a_gpu(tiny_config: Config) -> None:
+    tiny_config.train.fused_kernels = FusedKernels.liger
+    with pytest.raises(ValueError, match=r"fused_kernels=liger with launch\.device=cpu"):
+        validate(tiny_config)
 
 
 def test_sources(tiny_config: Config) -> None:

@@ -1,4 +1,5 @@
 """The dense passes of ``varlen`` on CUDA, on FlashAttention-2: the flash-attn package if installed, else torch's own.
+A single segment of full attention goes to cuDNN.
 
 Both take packed sequences of any length with grouped heads, and give the log-sum-exp as (H, T) in fp32. Routed rows of
 one key/value head are packed by block, so that every block is a sequence of its own; a block that nobody chose is a
@@ -14,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from moba_train.attention.routing import Routes
 
@@ -76,6 +78,15 @@ def _backward(
     return torch.ops.aten._flash_attention_backward(
         *tensors, queries, keys, *longest, 0.0, causal, no_dropout, no_dropout, scale=scale
     )
+
+
+def one_segment(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Dense causal attention of one segment, shapes as in ``reference``: cuDNN's kernel, the fastest on recent GPUs but
+    without packed bounds, and FlashAttention-2 where cuDNN refuses."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1)
 
 
 def causal_forward(

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 from moba_train.attention import dense_cpu, dense_cuda
@@ -34,11 +33,13 @@ def varlen(
     reads block bounds and list lengths back to the host; ``full`` on CUDA reads nothing.
     """
     if spec.kind == "full":
-        return _Full.apply(query, key, value, cu_seqlens, max_seqlen, scale)
+        if query.is_cuda and len(cu_seqlens) == 2:
+            return dense_cuda.one_segment(query, key, value, scale)
+        return varlen_full(query, key, value, cu_seqlens, max_seqlen, scale)[0]
     block_size, top_k = spec.moba
     choices = varlen_choose(query.detach(), key.detach(), cu_seqlens, block_size, top_k)
     bounds = cut(cu_seqlens, block_size, len(query)).bounds
-    return _Moba.apply(query, key, value, choices, bounds, block_size, scale)
+    return varlen_moba(query, key, value, choices, bounds, block_size, scale)[0]
 
 
 @torch.library.custom_op("moba_train::varlen_choose", mutates_args=())
@@ -62,73 +63,103 @@ def refuses(query: Tensor, key: Tensor, spec: AttentionSpec) -> str | None:
     return None
 
 
-class _Full(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
-    ) -> Tensor:
-        dense, inputs = _dense(query, key, value)
-        out, lse = dense.causal_forward(*inputs, cu_seqlens, max_seqlen, scale)
-        out = out.to(query.dtype)
-        ctx.save_for_backward(query, key, value, out, lse, cu_seqlens)
-        ctx.max_seqlen, ctx.scale = max_seqlen, scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse, cu_seqlens = ctx.saved_tensors
-        dense, inputs = _dense(grad_out, query, key, value, out)
-        gradients = dense.causal_backward(*inputs, lse, cu_seqlens, ctx.max_seqlen, ctx.scale)
-        return *(gradient.to(query.dtype) for gradient in gradients), None, None, None
+# Both passes are operators, so that a checkpointing policy can keep their output and log-sum-exp.
+@torch.library.custom_op("moba_train::varlen_full", mutates_args=())
+def varlen_full(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output (T, H, D) and log-sum-exp (T, H) of dense causal attention within segments."""
+    dense, inputs = _dense(query, key, value)
+    out, lse = dense.causal_forward(*inputs, cu_seqlens, max_seqlen, scale)
+    return out.to(query.dtype), lse
 
 
-class _Moba(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        choices: Tensor,
-        bounds: Tensor,
-        block_size: int,
-        scale: float,
-    ) -> Tensor:
-        dense, (q, k, v) = _dense(query, key, value)
-        keys = dense.RoutedKeys(k, v, bounds, block_size, scale)
-        merged = query.new_empty(query.shape)
-        merged_lse = query.new_empty(query.shape[:2], dtype=_accumulator(query))
-        for here, spans in _ranges(bounds, choices, query.shape[-1]):
-            out, lse = dense.causal_forward(q[here], k[here], v[here], spans, block_size, scale)
-            routes = route(choices[here], key.shape[1], len(bounds) - 1, dense.tile_rows(block_size))
-            if routes is not None:
-                parts, parts_lse = keys.forward(q[here].flatten(0, 1), routes)
-                out, lse = _merge(out, lse, parts, parts_lse, routes.places)
-            merged[here], merged_lse[here] = out, lse
-        ctx.save_for_backward(query, key, value, choices, bounds, merged, merged_lse)
-        ctx.block_size, ctx.scale = block_size, scale
-        return merged
+@torch.library.custom_op("moba_train::varlen_full_backward", mutates_args=())
+def varlen_full_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value."""
+    dense, inputs = _dense(grad_out, query, key, value, out)
+    grad_query, grad_key, grad_value = dense.causal_backward(*inputs, lse, cu_seqlens, max_seqlen, scale)
+    return grad_query.to(query.dtype), grad_key.to(query.dtype), grad_value.to(query.dtype)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, choices, bounds, merged, merged_lse = ctx.saved_tensors
-        dense, (grad, q, k, v, out) = _dense(grad_out, query, key, value, merged)
-        keys = dense.RoutedKeys(k, v, bounds, ctx.block_size, ctx.scale)
-        grad_query = query.new_empty(query.shape)
-        grad_key, grad_value = (x.new_empty(x.shape, dtype=_accumulator(x)) for x in (key, value))
-        for here, spans in _ranges(bounds, choices, query.shape[-1]):
-            inputs = (grad[here], q[here], k[here], v[here], out[here], merged_lse[here])
-            grad_q, grad_key[here], grad_value[here] = dense.causal_backward(*inputs, spans, ctx.block_size, ctx.scale)
-            routes = route(choices[here], key.shape[1], len(bounds) - 1, dense.tile_rows(ctx.block_size))
-            if routes is not None:
-                by_row = (x.flatten(0, 1) for x in (grad[here], q[here], out[here], merged_lse[here]))
-                parts = keys.backward(*by_row, routes)
-                grad_q = grad_q + _sum_slots(parts, routes.places).view(grad_q.shape)
-            grad_query[here] = grad_q
-        keys.add_gradients(grad_key, grad_value)
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None, None
+
+@torch.library.custom_op("moba_train::varlen_moba", mutates_args=())
+def varlen_moba(
+    query: Tensor, key: Tensor, value: Tensor, choices: Tensor, bounds: Tensor, block_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output (T, H, D) and log-sum-exp (T, H) of attention to the own and the chosen blocks."""
+    dense, (q, k, v) = _dense(query, key, value)
+    keys = dense.RoutedKeys(k, v, bounds, block_size, scale)
+    merged = query.new_empty(query.shape)
+    merged_lse = query.new_empty(query.shape[:2], dtype=_accumulator(query))
+    for here, spans in _ranges(bounds, choices, query.shape[-1]):
+        out, lse = dense.causal_forward(q[here], k[here], v[here], spans, block_size, scale)
+        routes = route(choices[here], key.shape[1], len(bounds) - 1, dense.tile_rows(block_size))
+        if routes is not None:
+            parts, parts_lse = keys.forward(q[here].flatten(0, 1), routes)
+            out, lse = _merge(out, lse, parts, parts_lse, routes.places)
+        merged[here], merged_lse[here] = out, lse
+    return merged, merged_lse
+
+
+@torch.library.custom_op("moba_train::varlen_moba_backward", mutates_args=())
+def varlen_moba_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    merged: Tensor,
+    merged_lse: Tensor,
+    choices: Tensor,
+    bounds: Tensor,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value."""
+    dense, (grad, q, k, v, out) = _dense(grad_out, query, key, value, merged)
+    keys = dense.RoutedKeys(k, v, bounds, block_size, scale)
+    grad_query = query.new_empty(query.shape)
+    grad_key, grad_value = (x.new_empty(x.shape, dtype=_accumulator(x)) for x in (key, value))
+    for here, spans in _ranges(bounds, choices, query.shape[-1]):
+        inputs = (grad[here], q[here], k[here], v[here], out[here], merged_lse[here])
+        grad_q, grad_key[here], grad_value[here] = dense.causal_backward(*inputs, spans, block_size, scale)
+        routes = route(choices[here], key.shape[1], len(bounds) - 1, dense.tile_rows(block_size))
+        if routes is not None:
+            by_row = (x.flatten(0, 1) for x in (grad[here], q[here], out[here], merged_lse[here]))
+            parts = keys.backward(*by_row, routes)
+            grad_q = grad_q + _sum_slots(parts, routes.places).view(grad_q.shape)
+        grad_query[here] = grad_q
+    keys.add_gradients(grad_key, grad_value)
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, *rest = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, value, *output, *(x for x in rest if isinstance(x, Tensor)))
+    ctx.sizes = [x for x in rest if not isinstance(x, Tensor)]
+    ctx.no_gradients = len(rest)
+
+
+def _full_gradients(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *varlen_full_backward(grad_out, *ctx.saved_tensors, *ctx.sizes), *[None] * ctx.no_gradients
+
+
+def _moba_gradients(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *varlen_moba_backward(grad_out, *ctx.saved_tensors, *ctx.sizes), *[None] * ctx.no_gradients
+
+
+varlen_full.register_autograd(_full_gradients, setup_context=_save)
+varlen_moba.register_autograd(_moba_gradients, setup_context=_save)
 
 
 def _dense(*tensors: Tensor) -> tuple[Any, list[Tensor]]:

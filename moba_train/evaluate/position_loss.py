@@ -27,7 +27,8 @@ def position_loss(
     with torch.no_grad():
         for batch in batches:
             inputs = model_inputs(batch, runtime)
-            count_positions(bins, module(**inputs), inputs, batch)
+            _, losses = module(**inputs)
+            count_positions(bins, losses, inputs, batch)
     module.train(was_training)
     bins.all_reduce()
     yield from bins.as_row("eval", curve=True).items()

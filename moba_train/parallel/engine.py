@@ -12,7 +12,7 @@ import os
 import torch
 from torch import nn
 
-from moba_train.config import Precision, TrainConfig
+from moba_train.config import OffloadConfig, OffloadDevice, Precision, TrainConfig
 from moba_train.runtime import Runtime
 
 
@@ -30,26 +30,42 @@ def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, train: Tra
 
     # On CPUs DeepSpeed would compile a shared-memory collective for inference, and fail where there is no compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if train.zero_stage == 3 and (tiled := {type(part) for part in module.modules() if hasattr(part, "tiled")}):
+        # A tiled MLP works with its three matrices itself: they are to be gathered with it, not one by one.
+        deepspeed.utils.set_z3_leaf_modules(module, list(tiled))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config(train, runtime))
     return engine
 
 
 def engine_config(train: TrainConfig, runtime: Runtime) -> dict:
     """DeepSpeed's configuration. It counts batches in micro-batches, since rows and their length vary by stage."""
+    reduction = train.reduction_dtype or train.precision
     config: dict = {
         "train_micro_batch_size_per_gpu": 1,
         "train_batch_size": runtime.world_size,
         "bf16": {"enabled": train.precision is Precision.bf16},
         "zero_allow_untested_optimizer": True,  # torch's AdamW, see optimizer.py
+        "zero_force_ds_cpu_optimizer": False,  # torch's has a fused CPU step too, and needs no compiler
+        "communication_data_type": reduction.value,
         "gradient_clipping": 0.0 if _clips_itself(train) else train.gradient_clipping,
         "steps_per_print": 10**9,
     }
     if train.precision is Precision.bf16:
         # DeepSpeed's default, bf16 sums of bf16 gradients, loses 1 % of the gradient over 64 micro-batches.
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["data_types"] = {"grad_accum_dtype": train.gradient_dtype.value}
     if train.zero_stage:
-        config["zero_optimization"] = {"stage": train.zero_stage}
+        config["zero_optimization"] = {"stage": train.zero_stage, **_offload(train.offload)}
     return config
+
+
+def _offload(offload: OffloadConfig) -> dict:
+    """ZeRO's part of an offload: where fp32 state and, at stage 3, parameters wait."""
+    devices = {"offload_optimizer": offload.optimizer, "offload_param": offload.parameters}
+    return {
+        key: {"device": device.value, **({"nvme_path": offload.nvme_path} if device is OffloadDevice.nvme else {})}
+        for key, device in devices.items()
+        if device is not OffloadDevice.none
+    }
 
 
 def set_accumulation(engine, micro_batches: int) -> None:
