@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from moba_train.config.train import FusedKernels, OffloadConfig, OffloadDevice, OptimizerConfig, Precision, TrainConfig  # noqa: F401
+from moba_train.config.train import (  # noqa: F401
+    FusedKernels,
+    OffloadConfig,
+    OffloadDevice,
+    OptimizerConfig,
+    Precision,
+    TrainConfig,
+)
 
 
 class AttentionKind(Enum):
