@@ -15,8 +15,9 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from moba_train import checkpoint, hf_attention
+from moba_train.assemble import assemble
 from moba_train.batch import count_positions, model_inputs, valid_tokens
-from moba_train.config import Config, OffloadDevice
+from moba_train.config import Config
 from moba_train.cost import DecoderShape, StepCost, step_cost
 from moba_train.data.loader import Batch, RowLoader, heldout_batches
 from moba_train.data.mix import stage_mix
@@ -24,20 +25,15 @@ from moba_train.data.store import TokenStore
 from moba_train.data.tokens import prepare_store
 from moba_train.evaluate.position_loss import position_loss
 from moba_train.export import export
-from moba_train.layers.fused_kernels import fuse, takes_fused_kernels
-from moba_train.layers.tiled_mlp import tile_mlps
-from moba_train.loss import TokenLosses
 from moba_train.metrics import PositionLoss, Throughput, memory_gb, peak_flops
 from moba_train.model import DTYPES, load_model, tokenizer_path
 from moba_train.observe import OwnTime, Peers, Stragglers, exchange
-from moba_train.offload import HiddenStateOffload
-from moba_train.optimizer import build_optimizer, set_learning_rate
-from moba_train.parallel.engine import build_engine, set_accumulation, step_engine
+from moba_train.optimizer import set_learning_rate
+from moba_train.parallel.engine import set_accumulation, step_engine
 from moba_train.parallel.interruption import Interrupted, Interruption
 from moba_train.parallel.sequence import sequence_group, share_rows
 from moba_train.parallel.watchdog import Watchdog
 from moba_train.profiler import StepProfiler
-from moba_train.recompute import checkpoint_activations
 from moba_train.rope import rope_parameters, set_rope
 from moba_train.runtime import Runtime, log, seed_everything
 from moba_train.schedule import Schedule, Stage, build_schedule
@@ -131,22 +127,6 @@ def build(config: Config, folder: Path, runtime: Runtime) -> Run:
         if (before := state["arithmetic"]) != (now := _arithmetic(runtime)):
             say(run, f"saved on {before} and resumed on {now}: equal up to rounding, not to the bit")
     return run
-
-
-def assemble(model: PreTrainedModel, config: Config, runtime: Runtime) -> Any:
-    """The engine that trains ``model``, with everything that saves memory or time as the configuration says."""
-    train = config.train
-    fused = takes_fused_kernels(train.fused_kernels, runtime.device)
-    if fused:
-        fuse(model)
-    if train.mlp_tile_tokens:
-        tile_mlps(model, train.mlp_tile_tokens)
-    if train.activation_checkpointing:
-        offload = HiddenStateOffload(runtime.device) if train.offload.hidden_states else None
-        checkpoint_activations(model, train.keep_attention, offload)
-    losses = TokenLosses(model, train.loss_tile_tokens, fused)
-    in_one_pass = runtime.device.type == "cuda" or train.offload.optimizer is not OffloadDevice.none
-    return build_engine(losses, build_optimizer(losses, config.optimizer, in_one_pass), train, runtime)
 
 
 def train(run: Run) -> None:

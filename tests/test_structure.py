@@ -18,7 +18,7 @@ FLOORS = [
     "runtime cost loss rope optimizer data resolved validate hf_attention recompute key_conv_folder",
     "schedule tracking model metrics fetch observe profiler",
     "batch parallel checkpoint export summary report",
-    "evaluate preflight plan",
+    "assemble evaluate preflight plan",
     "train",
     "worker",
     "commands",
