@@ -59,23 +59,30 @@ def prepare_store(data: DataConfig, tokenizer_path: str, progress: bool = True) 
     for group in inputs.GROUPS:
         for source in getattr(data, group):
             inputs.check_tokenizer(source, tokenizer)
+    found = {group: [(source, find_files(source)) for source in getattr(data, group)] for group in inputs.GROUPS}
     try:
         Path(data.store_dir).mkdir(parents=True, exist_ok=True)
         with _locked(folder):
-            _make(folder, data, tokenizer, wanted, progress)
+            _make(folder, data, found, tokenizer, wanted, progress)
     except OSError as error:  # of writing: what goes wrong in reading is a ValueError already
         raise ValueError(f"data.store_dir {data.store_dir!r} cannot be written: {error.strerror}") from error
     return folder
 
 
-def _make(folder: Path, data: DataConfig, tokenizer: Tokenizer, wanted: dict[str, Any], progress: bool) -> None:
+def _make(
+    folder: Path,
+    data: DataConfig,
+    found: inputs.Found,
+    tokenizer: Tokenizer,
+    wanted: dict[str, Any],
+    progress: bool,
+) -> None:
     """Under the lock: begin, go on, or begin anew, unless another process did it meanwhile."""
     if changes := inputs.changes(folder, data):
         log.warning("making %s anew: %s", folder, "; ".join(changes))
         shutil.rmtree(folder)
     if _is_finished(folder, data):
         return
-    found = {group: [(source, find_files(source)) for source in getattr(data, group)] for group in inputs.GROUPS}
     recorded = inputs.read(folder)
     if recorded is None:
         _compare_with_others(folder, data, tokenizer, wanted)
