@@ -14,6 +14,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from contextlib import suppress
@@ -109,8 +110,10 @@ def _tell(message: str) -> None:
     """Print an error that ends the run: rank 0 at once, another only where rank 0 has not failed too."""
     if _rank() > 0:
         _give_way()
-        message = f"rank {_rank()}: {message}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    several = os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1")  # machines
+    where = f" on {socket.gethostname()}" if several else ""
+    place = f"rank {_rank()}{where}: " if _rank() or several else ""
+    print(f"error: {place}{message}", file=sys.stderr, flush=True)
 
 
 def _give_way() -> None:

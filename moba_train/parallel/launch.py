@@ -6,12 +6,16 @@ sweep never share DeepSpeed's state, and a crash leaves the launcher alive to sa
 
 from __future__ import annotations
 
+import random
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
 from moba_train.config import LaunchConfig, LaunchKind
-from moba_train.parallel import local
+from moba_train.parallel import hosts, local, ssh
+
+_REMOTE_PORTS = range(20000, 32000)  # below those that Linux gives to outgoing connections
 
 
 def settle(launch: LaunchConfig) -> LaunchConfig:
@@ -20,7 +24,13 @@ def settle(launch: LaunchConfig) -> LaunchConfig:
     Raises:
         ValueError: naming the setting, its value and the fix.
     """
-    _check(launch)
+    _check_counts(launch)
+    if launch.kind is LaunchKind.hostfile:
+        used = hosts.choose(launch)
+        launch = replace(launch, nodes=len(used))
+        if launch.gpus_per_node is None and launch.gpus is None:
+            launch.processes = sum(host.processes for host in used)
+        return replace(launch, port=launch.port or random.choice(_REMOTE_PORTS))
     return replace(launch, port=launch.port or local.free_port())
 
 
@@ -30,7 +40,9 @@ def check(launch: LaunchConfig) -> None:
     Raises:
         ValueError: naming the host, the value and the setting.
     """
-    if not local.port_is_free(launch.port):
+    if launch.kind is LaunchKind.hostfile:
+        hosts.check(launch)
+    elif not local.port_is_free(launch.port):
         raise ValueError(f"launch.port={launch.port} is in use on this machine: choose another, or 0 for any free one")
 
 
@@ -39,17 +51,27 @@ def run(launch: LaunchConfig, resolved: Path, claim: IO[str] | None = None) -> i
 
     Args:
         resolved: ``resolved.yaml`` in the run directory
-        claim: on the run directory, handed down to processes of this machine
+        claim: on the run directory: handed down to processes of this machine, given up for those of others
 
     Returns:
         0, or the exit code of the first process that failed; 128 + the signal's number where a signal ended it.
     """
+    if launch.kind is LaunchKind.hostfile:
+        used = hosts.choose(launch)
+        commands = ssh.commands(launch, used, resolved)
+        for command in commands:
+            print(f"command: {shlex.join(command)}", flush=True)
+        if launch.dry_run:
+            return 0
+        if claim is not None:
+            claim.close()  # rank 0 takes it
+        return ssh.run(used, commands)
     environments = local.environments(launch, resolved.parent)
     print(f"command: {local.shell(environments, resolved)}", flush=True)
     return 0 if launch.dry_run else local.run(environments, resolved, claim)
 
 
-def _check(launch: LaunchConfig) -> None:
+def _check_counts(launch: LaunchConfig) -> None:
     counts = {
         "launch.processes": launch.processes,
         "launch.gpus": launch.gpus,
@@ -60,3 +82,5 @@ def _check(launch: LaunchConfig) -> None:
         raise ValueError(f"{' and '.join(f'{key}={count}' for key, count in given.items())} differ: give one of them")
     if launch.kind is LaunchKind.local and launch.nodes != 1:
         raise ValueError(f"launch.nodes={launch.nodes} with launch=local: choose launch=hostfile or launch=slurm")
+    if launch.hostfile is not None and launch.kind is not LaunchKind.hostfile:
+        raise ValueError(f"launch.hostfile={launch.hostfile} with launch={launch.kind.name}: choose launch=hostfile")

@@ -29,7 +29,7 @@ def command(resolved: Path) -> list[str]:
 def environments(launch: LaunchConfig, folder: Path) -> list[dict[str, str]]:
     """What each rank is given beside this process's own environment."""
     size = launch.world_size
-    shared = variables.of_processes(launch, folder, launch.threads or threads(size))
+    shared = variables.of_threads(launch.threads or threads(size)) | variables.of_processes(launch, folder)
     master = (HOST, launch.port or free_port())
     return [shared | variables.of_rank(rank, rank, size, size, master) for rank in range(size)]
 
@@ -41,7 +41,8 @@ def run(added: Sequence[dict[str, str]], resolved: Path, claim: IO[str] | None) 
     claimed = {lifetime.CLAIM: str(claim.fileno())} if claim else {}
 
     def start(environment: dict[str, str]) -> supervise.Process:
-        return supervise.Process(command(resolved), {**os.environ, **environment, **claimed}, handed)
+        name = f"rank {environment['RANK']}"
+        return supervise.Process(name, command(resolved), {**os.environ, **environment, **claimed}, handed)
 
     return supervise.run(partial(start, environment) for environment in added)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,12 +16,15 @@ from moba_train.parallel import lifetime
 _POLL_SECONDS = 0.05
 _KILL_SECONDS = 5.0  # from SIGHUP to SIGKILL, once one has failed
 _SAVED_SECONDS = 120.0  # for the others to end, once one has saved and ended because of a signal
+SSH_FAILED = 255  # ssh's own exit code, where it could not connect or lost the connection
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 INTERRUPTED = (128 + signal.SIGTERM, 128 + signal.SIGUSR1)  # the exit codes of a rank that saved on a signal
 
 
 class Child(Protocol):
     """A started process, and how a signal reaches it."""
+
+    name: str  # for messages
 
     def poll(self) -> int | None:
         """Its exit code, None while it runs; negative where a signal ended it."""
@@ -32,7 +36,10 @@ class Child(Protocol):
 class Process:
     """A process of this machine, in a session of its own, which ends with this one."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], handed: Sequence[int] = ()) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], handed: Sequence[int] = ()
+    ) -> None:
+        self.name = name
         self._process = subprocess.Popen(
             command, env=environment, pass_fds=handed, start_new_session=True, preexec_fn=lifetime.follow_parent
         )
@@ -82,6 +89,7 @@ def _wait(children: list[Child]) -> int:
     while True:
         codes = [child.poll() for child in children]
         if not first and (first := next((code for code in codes if code), 0)):
+            _tell(children[codes.index(first)].name, first)
             saved = first in INTERRUPTED  # the others are about to end for the same reason
             kill_at = time.monotonic() + (_SAVED_SECONDS if saved else _KILL_SECONDS)
             if not saved:  # SIGTERM asks for a checkpoint, and no collective will complete any more
@@ -91,6 +99,15 @@ def _wait(children: list[Child]) -> int:
         if time.monotonic() > kill_at:
             _send(children, signal.SIGKILL)
         time.sleep(_POLL_SECONDS)
+
+
+def _tell(name: str, code: int) -> None:
+    """Where the process could not say why it ended."""
+    if code < 0:
+        reason = " (the machine's memory may not suffice)" if code == -signal.SIGKILL else ""
+        print(f"{name} was ended by {signal.Signals(-code).name}{reason}", file=sys.stderr, flush=True)
+    elif code == SSH_FAILED:
+        print(f"{name}: the connection was lost", file=sys.stderr, flush=True)
 
 
 def _send(children: list[Child], number: int) -> None:

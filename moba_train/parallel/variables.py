@@ -22,18 +22,24 @@ NCCL = {
 }
 
 
-def of_processes(launch: LaunchConfig, folder: Path, threads: int) -> dict[str, str]:
+def of_processes(launch: LaunchConfig, folder: Path) -> dict[str, str]:
     """What every process of a run is given: ours where the user's environment has none, then ``launch.environment``.
 
-    Args:
-        folder: the run directory, where NCCL leaves its traces
-        threads: CPU threads of a process
+    ``folder`` is the run directory, where NCCL leaves its traces.
     """
-    ours = {**PYTHON, "OMP_NUM_THREADS": str(threads)}
+    ours = dict(PYTHON)
     if launch.device is not Device.cpu:
         ours |= {**NCCL, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(folder / "nccl_trace_rank_")}
-    unset = {key: value for key, value in ours.items() if key not in os.environ}
-    return unset | launch.environment
+    return _unset(ours) | launch.environment
+
+
+def of_threads(threads: int) -> dict[str, str]:
+    """CPU threads of a process, unless the user's environment says."""
+    return _unset({"OMP_NUM_THREADS": str(threads)})
+
+
+def _unset(ours: dict[str, str]) -> dict[str, str]:
+    return {key: value for key, value in ours.items() if key not in os.environ}
 
 
 def of_rank(
