@@ -29,7 +29,7 @@ from moba_train.metrics import PositionLoss, Throughput, memory_gb, peak_flops
 from moba_train.model import DTYPES, load_model, tokenizer_path
 from moba_train.observe import OwnTime, Peers, Stragglers, exchange
 from moba_train.optimizer import set_learning_rate
-from moba_train.parallel.engine import set_accumulation, step_engine
+from moba_train.parallel.engine import backward, set_accumulation, step_engine
 from moba_train.parallel.interruption import Interrupted, Interruption
 from moba_train.parallel.sequence import sequence_group, share_rows
 from moba_train.parallel.watchdog import Watchdog
@@ -237,7 +237,7 @@ def optimize(run: Run) -> dict[str, float]:
         inputs = model_inputs(batch, run.runtime)
         with run.own_time.on_device():
             loss, losses = run.engine(**inputs, scale=scale)
-        run.engine.backward(loss, scale_wrt_gas=False)
+        backward(run.engine, loss)
         count_positions(run.bins, losses, inputs, batch)
         if index == len(batches) - 1:
             run.bins.all_reduce()

@@ -22,16 +22,27 @@ from moba_train.config import (
     TrainConfig,
 )
 from moba_train.optimizer import build_optimizer, set_learning_rate
-from moba_train.parallel.engine import build_engine, set_accumulation, step_engine
+from moba_train.parallel.engine import backward, build_engine, set_accumulation, step_engine
 from moba_train.runtime import finish, start
 
 MICRO_BATCHES = (2, 2, 3)  # of each step: accumulation changes on the way
 LIMIT = 0.05  # of the gradient norm: below every step's
 
 
+class SquaredSum(nn.Module):
+    """Its output is the loss, scaled, as ``TokenLosses`` has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    def forward(self, inputs: torch.Tensor, scale: float) -> torch.Tensor:
+        return self.layers(inputs).square().sum() * scale
+
+
 def model() -> nn.Module:
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    return SquaredSum()
 
 
 def micro_batch(step: int, index: int) -> torch.Tensor:
@@ -45,7 +56,7 @@ def plain() -> dict:
     set_learning_rate(optimizer, 0.01)
     norms = []
     for step, count in enumerate(MICRO_BATCHES):
-        losses = [module(micro_batch(step, index)).square().sum() / count for index in range(count)]
+        losses = [module(micro_batch(step, index), 1 / count) for index in range(count)]
         torch.stack(losses).sum().backward()
         norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), LIMIT)))
         optimizer.step()
@@ -72,14 +83,14 @@ def engines_own(train: TrainConfig) -> dict:
     for step, count in enumerate(MICRO_BATCHES):
         set_accumulation(engine, count)
         for index in range(count):
-            engine.backward(engine(micro_batch(step, index).to(dtype)).square().sum() / count, scale_wrt_gas=False)
+            backward(engine, engine(micro_batch(step, index).to(dtype), 1 / count))
             norm = step_engine(engine, train)
             assert (index == count - 1) == (norm == norm), "only a step's last micro-batch has a norm"
         norms.append(norm)
     facts = {"norms": norms, "weights": flat(engine.module), "training": engine.module.training}
 
     set_accumulation(engine, 1)
-    engine.backward(engine(micro_batch(9, 0).to(dtype)).square().sum() * float("inf"), scale_wrt_gas=False)
+    backward(engine, engine(micro_batch(9, 0).to(dtype), float("inf")))
     try:
         step_engine(engine, train)
         facts["refusal"] = ""

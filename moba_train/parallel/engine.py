@@ -76,6 +76,13 @@ def set_accumulation(engine, micro_batches: int) -> None:
     engine.micro_steps = 0
 
 
+def backward(engine, loss: torch.Tensor) -> None:
+    """Add the gradients of ``loss``, an output of the engine's forward pass, to those of the step, as they are."""
+    # DeepSpeed divides the gradients of the module's own outputs by the number of passes, unless they are reached
+    # through another tensor.
+    engine.backward(loss.clone(), scale_wrt_gas=False)
+
+
 def step_engine(engine, train: TrainConfig) -> float:
     """End a micro-batch; at the last of a step, clip and update.
 
