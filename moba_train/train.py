@@ -300,7 +300,8 @@ def log_step(run: Run, row: dict[str, Any], peers: Peers) -> None:
         "perf/memory_gb": memory_gb(run.runtime.device),
         **peers.as_row(),
         "perf/sparsity": run.stage.sparsity,
-        "data/epoch": run.loader.epoch,
+        "perf/data_seconds": run.loader.waited,
+        **run.loader.as_row(),
     }
     log_row(run, {**row, **perf}, quiet=not _due(run.step, run.config.train.log_every))
 

@@ -2,12 +2,16 @@
 
 A mix gives one endless stream of rows. A step takes the next ``rows_per_step`` rows of it, whatever the number of
 ranks, and each rank takes its slice of those. So the count of rows taken is the whole state, and a run may go on with
-another number of ranks.
+another number of ranks. A thread makes the next step's batches while the model computes this one's: a row of 10^6
+tokens takes milliseconds from memory, and longer from a disk.
 """
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,8 +44,19 @@ class Batch:
         return self.input_ids.numel()
 
 
+class _Step(NamedTuple):
+    """What one rank gets for a step, and what was drawn for all of them."""
+
+    batches: list[Batch]
+    drawn: np.ndarray  # (pools,) rows of each, to the end of this step
+    padding_share: float  # of this step's tokens
+
+
 class RowLoader:
-    """The batches of one rank. ``rows_per_step`` is over all ranks."""
+    """The batches of one rank. ``rows_per_step`` is over all ranks; ranks of one sequence-parallel group are one here.
+
+    ``waited``: seconds that the last `next_step` had to wait for its batches.
+    """
 
     def __init__(
         self,
@@ -64,7 +79,14 @@ class RowLoader:
         self._rank = rank
         self._world_size = world_size
         self._max_segments = self.mix.rows.max_segments
+        self._used = self.mix.rows.used
+        self._sources = [source["name"] for source in store.manifest["sources"]]
+        self._pool_tokens = self.mix.pool_tokens(store)
         self._rows_taken = 0
+        self._thread = ThreadPoolExecutor(1, "rows")  # one: it alone reads the mix, whose caches are not for two
+        self._ahead: tuple[tuple[int, int], Future[_Step]] | None = None  # (first row, rows of a micro-batch), its step
+        self._last: _Step | None = None
+        self.waited = 0.0
 
     @property
     def epoch(self) -> float:
@@ -79,12 +101,48 @@ class RowLoader:
                 f"{rank_rows} rows of a rank do not make micro-batches of {micro_batch_rows}; make "
                 "train.tokens_per_step a multiple of ranks x train.micro_batch_tokens"
             )
-        rows = self.mix.draw(self._rows_taken + self._rank * rank_rows, rank_rows)
+        began = time.perf_counter()
+        self._last = self._begun(self._rows_taken, micro_batch_rows).result()
+        self.waited = time.perf_counter() - began
         self._rows_taken += self.rows_per_step
-        return [
-            make_batch(self._store, self.mix.rows, rows[i : i + micro_batch_rows], self._max_segments)
-            for i in range(0, rank_rows, micro_batch_rows)
-        ]
+        self._begun(self._rows_taken, micro_batch_rows)
+        return self._last.batches
+
+    def _begun(self, first: int, micro_batch_rows: int) -> Future[_Step]:
+        """The step that begins at row ``first``, which the thread has begun or begins now."""
+        if self._ahead is None or self._ahead[0] != (first, micro_batch_rows):
+            self._ahead = (first, micro_batch_rows), self._thread.submit(self._make_step, first, micro_batch_rows)
+        return self._ahead[1]
+
+    def _make_step(self, first: int, micro_batch_rows: int) -> _Step:
+        rows = self.mix.draw(first, self.rows_per_step)
+        rank_rows = self.rows_per_step // self._world_size
+        own = rows[self._rank * rank_rows : (self._rank + 1) * rank_rows]
+        return _Step(
+            batches=[
+                make_batch(self._store, self.mix.rows, own[i : i + micro_batch_rows], self._max_segments)
+                for i in range(0, rank_rows, micro_batch_rows)
+            ],
+            drawn=self.mix.drawn(first + self.rows_per_step).copy(),
+            padding_share=1.0 - float(self._used[rows].mean()) / self.mix.rows.context_length,
+        )
+
+    def as_row(self) -> dict[str, float]:
+        """How often the stage's data was drawn so far, all and by source; each source's share of the document tokens
+        drawn; and the padding of the last step. What an unfinished epoch of a pool holds of its sources is taken for
+        its average: only the count of rows is known after a resume.
+        """
+        if self._last is None:
+            return {}
+        tokens = self._last.drawn / [pool.count for pool in self.mix.pools] @ self._pool_tokens
+        there = self._pool_tokens.sum(0)
+        drawn = np.flatnonzero(there).tolist()
+        return {
+            "data/epoch": self.epoch,
+            "data/padding": self._last.padding_share,
+            **{f"data/epoch/{self._sources[i]}": float(tokens[i] / there[i]) for i in drawn},
+            **{f"data/share/{self._sources[i]}": float(tokens[i] / tokens.sum()) for i in drawn},
+        }
 
     def state_dict(self) -> dict[str, int]:
         return {"rows": self._rows_taken}

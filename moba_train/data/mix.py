@@ -89,12 +89,16 @@ class Mix:
 
     def tokens_by_source(self, store: TokenStore) -> np.ndarray:
         """(sources,) document tokens of each of the store's sources in one row, on average over the draws."""
-        of_row = np.repeat(np.arange(len(self.rows)), np.diff(self.rows.offsets))
-        weight = np.zeros(len(self.rows))
-        for pool in self.pools:
-            weight[pool.first : pool.first + pool.count] = pool.share / pool.count
+        return np.array([pool.share / pool.count for pool in self.pools]) @ self.pool_tokens(store)
+
+    def pool_tokens(self, store: TokenStore) -> np.ndarray:
+        """(pools, sources) document tokens of each of the store's sources in each pool."""
+        pool_of_row = np.repeat(np.arange(len(self.pools)), [pool.count for pool in self.pools])
+        pool_of_span = np.repeat(pool_of_row, np.diff(self.rows.offsets))
         sources = len(store.manifest["sources"])
-        return np.bincount(store.sources[self.rows.documents], self.rows.lengths * weight[of_row], minlength=sources)
+        index = pool_of_span * sources + store.sources[self.rows.documents]
+        tokens = np.bincount(index, self.rows.lengths, minlength=len(self.pools) * sources)
+        return tokens.reshape(len(self.pools), sources)
 
     def _mean(self, of_row: np.ndarray) -> float:
         return sum(pool.share * float(of_row[pool.first : pool.first + pool.count].mean()) for pool in self.pools)

@@ -63,7 +63,7 @@ def _holding(name: str, lengths: np.ndarray, bins: int) -> Holding:
 def source_draws(store: TokenStore, mix: Mix, rows: int) -> Sequence[SourceDraw]:
     """What ``rows`` rows of a mix hold of each source that it draws from, in the store's order."""
     per_row = mix.tokens_by_source(store)
-    there = np.bincount(store.sources[mix.rows.documents], mix.rows.lengths, minlength=len(per_row))
+    there = mix.pool_tokens(store).sum(0)
     return [
         SourceDraw(
             name=store.manifest["sources"][index]["name"],

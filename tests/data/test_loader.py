@@ -116,6 +116,41 @@ def test_resume_at_any_step(store: TokenStore, steps: int, before: int, after: i
         assert (rows_of(first, 1) == rows_of(second, 1)).all()
 
 
+def test_what_was_drawn_is_told_alike_after_a_resume(store: TokenStore) -> None:
+    """Of any rank of any number of them; whole epochs give whole numbers."""
+    loader = RowLoader(store, 64, 4, seed=7)
+    assert loader.as_row() == {}
+    told = []
+    padding = 0.0
+    for _ in range(len(loader.mix.rows)):
+        (batch,) = loader.next_step(4)
+        pads = sum(span.stop - span.start for span in segments_of(batch) if batch.input_ids.flatten()[span][0] == EOS)
+        told.append(loader.as_row())
+        assert told[-1]["data/padding"] == pytest.approx(pads / batch.tokens)
+        padding += told[-1]["data/padding"]
+    assert told[-1]["data/epoch"] == told[-1]["data/epoch/numbers"] == 4
+    assert all(row["data/share/numbers"] == 1 for row in told)
+    assert padding / len(told) == pytest.approx(loader.mix.padding_share)
+    rank = RowLoader(store, 64, 4, 1, 2, seed=7)
+    rank.load_state_dict({"rows": 4 * 20})
+    rank.next_step(1)
+    assert rank.as_row() == told[20]
+
+
+def test_a_fault_of_the_thread_is_raised(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = RowLoader(store, 64, 4)
+    loader.next_step(4)
+    loader.next_step(4)
+
+    def fails(*arguments: object) -> Batch:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("moba_train.data.loader.make_batch", fails)
+    loader.load_state_dict({"rows": 0})
+    with pytest.raises(OSError, match="the disk is gone"):
+        loader.next_step(4)
+
+
 def test_epochs_and_seeds_differ(store: TokenStore) -> None:
     def order(seed: int, epoch: int) -> np.ndarray:
         loader = RowLoader(store, 64, 1, seed=seed)

@@ -85,6 +85,23 @@ def test_shares_of_tokens(store: TokenStore, weights: dict[str, float], by_lengt
     assert expected.sum() == pytest.approx(context * (1 - mix.padding_share))
 
 
+def test_the_loader_tells_epochs_and_shares_by_source(store: TokenStore) -> None:
+    """Equal to a count of the tokens drawn, to within an epoch's edge."""
+    mix = MixConfig(weights={"books": 3, "notes": 1}, length_weights={20: 2})
+    loader = RowLoader(store, 32, rows_per_step=8, mix=mix)
+    for _ in range(500):
+        loader.next_step(8)
+    row = loader.as_row()
+    again = build_mix(store, 32, 0, mix)  # the loader's own is its thread's
+    found = shares(again, store, rows=4000)
+    there = {name: int(store.lengths[store.sources == SOURCES.index(name)].sum()) for name in mix.weights}
+    drawn = sum(length for one in again.draw(0, 4000) for _, _, length in spans(again, one))
+    for name in mix.weights:
+        assert row[f"data/share/{name}"] == pytest.approx(found[name], abs=0.01)
+        assert row[f"data/epoch/{name}"] == pytest.approx(found[name] * drawn / there[name], rel=0.02)
+    assert "data/epoch/code" not in row
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 20_000), st.integers(1, 64), st.lists(st.floats(0.01, 1), min_size=1, max_size=3))
 def test_even_at_any_point(store: TokenStore, first: int, count: int, weights: list[float]) -> None:
