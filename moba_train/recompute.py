@@ -8,10 +8,13 @@ is left of a layer, wait in host memory.
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from functools import partial
 from typing import Any
 
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from moba_train.offload import HiddenStateOffload
@@ -61,11 +64,40 @@ def _offloaded(checkpoint: Any, offload: HiddenStateOffload) -> Any:
     return call
 
 
-def _contexts(kept: frozenset[str]) -> tuple[Any, Any]:
-    return create_selective_checkpoint_contexts(partial(_policy, kept))
+def _contexts(kept: frozenset[str]) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    outputs: dict[Any, deque[Any]] = defaultdict(deque)
+    return _Record(kept, outputs), _Replay(outputs)
 
 
-def _policy(kept: frozenset[str], context: Any, operator: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
-    # Not every operator that passes here has a name: higher-order ones do not.
-    name = operator.name() if callable(getattr(operator, "name", None)) else ""
-    return CheckpointPolicy.MUST_SAVE if name.split(".")[0] in kept else CheckpointPolicy.PREFER_RECOMPUTE
+class _Record(TorchDispatchMode):
+    """Keeps what operators named ``kept`` return, in the order of their calls.
+
+    torch's own selective contexts want the second pass to call every operator of the first, which it does not where
+    ZeRO-3 gathers parameters in one pass and finds them gathered in the other.
+    """
+
+    def __init__(self, kept: frozenset[str], outputs: dict[Any, deque[Any]]) -> None:
+        super().__init__()
+        self._kept, self._outputs = kept, outputs
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        # Not every operator that passes here has a name: higher-order ones do not.
+        name = operator.name() if callable(getattr(operator, "name", None)) else ""
+        if name.split(".")[0] in self._kept:
+            # Detached: what is returned becomes part of the graph, which would hold itself.
+            self._outputs[operator].append(tree_map_only(Tensor, Tensor.detach, result))
+        return result
+
+
+class _Replay(TorchDispatchMode):
+    """Returns what was kept in the place of a second call."""
+
+    def __init__(self, outputs: dict[Any, deque[Any]]) -> None:
+        super().__init__()
+        self._outputs = outputs
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator in self._outputs:
+            return self._outputs[operator].popleft()
+        return operator(*args, **(kwargs or {}))
