@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 
-from moba_train.config import Config, Device, FusedKernels, OffloadDevice, Precision, Resume, SourceConfig
+from moba_train.config import Config, Device, FusedKernels, LaunchKind, OffloadDevice, Precision, Resume, SourceConfig
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
 _LONGEST_NAME = 120  # file systems stop at 255 bytes, and a time or a hash is added to some
@@ -44,6 +44,8 @@ def _names(config: Config) -> None:
             )
     if config.run.name is None and config.run.resume is not Resume.never:
         raise ValueError(f"run.resume={config.run.resume.name} needs run.name, the directory to go on with: set it")
+    if config.run.name is None and config.launch.kind is LaunchKind.environment:
+        raise ValueError("launch=environment needs run.name, the directory that all ranks share: set it")
     for index, stage in enumerate(config.schedule.stages):
         if stage.name in POINTS:
             raise ValueError(

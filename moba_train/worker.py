@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from moba_train import durable, resolved
 from moba_train.config import Config
 from moba_train.metrics_file import read_rows
 from moba_train.parallel import lifetime
 from moba_train.parallel.interruption import Interrupted
+from moba_train.parallel.supervise import INTERRUPTED
 from moba_train.runtime import finish, start
 from moba_train.train import Run, build, train
 
@@ -85,6 +87,8 @@ def main() -> int:
         if run is not None and run.tracker is not None:
             with suppress(OSError):  # of a row that the disk has refused before, which has been told
                 run.tracker.close(failed=code != 0)
+    if code in INTERRUPTED:  # the first to end may have the others ended, and rank 0 has just told W&B
+        dist.barrier()
     finish()
     if claimed is not None:
         claimed.close()

@@ -83,3 +83,19 @@ def _tiny_config(corpus: Path, folder: Path) -> Config:
     config.launch.device = Device.cpu
     config.launch.threads = 1
     return config
+
+
+@pytest.fixture
+def tiny_overrides(tiny_corpus: Path, tmp_path: Path) -> list[str]:
+    """A run of four steps for the command line."""
+    architecture = "{model_type: llama, vocab_size: 300, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2}"
+    return [
+        "model=books_tiny",
+        *("model.name=tiny", f"model.tokenizer={tiny_corpus}/tokenizer.json", f"model.architecture={architecture}"),
+        *("model.architecture.num_attention_heads=4", "model.architecture.num_key_value_heads=2"),
+        f"data.train=[{{name: train, path: {tiny_corpus}/train}}]",
+        f"data.heldout=[{{name: heldout, path: {tiny_corpus}/heldout}}]",
+        *(f"data.store_dir={tmp_path}/store", f"run.dir={tmp_path}/runs", "schedule.tokens=null"),
+        "schedule.stages=[{name: short, tokens: 2048, context_length: 128, attention: {block_size: 32}}]",
+        *("train.tokens_per_step=512", "launch.device=cpu", "launch.threads=1", "wandb.mode=disabled"),
+    ]

@@ -185,21 +185,6 @@ def test_more_gpus_than_a_machine_has(two_hosts: LaunchConfig) -> None:
         hosts.check(two_hosts)
 
 
-@pytest.fixture
-def overrides(tiny_corpus: Path, tmp_path: Path) -> list[str]:
-    architecture = "{model_type: llama, vocab_size: 300, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2}"
-    return [
-        "model=books_tiny",
-        *("model.name=tiny", f"model.tokenizer={tiny_corpus}/tokenizer.json", f"model.architecture={architecture}"),
-        *("model.architecture.num_attention_heads=4", "model.architecture.num_key_value_heads=2"),
-        f"data.train=[{{name: train, path: {tiny_corpus}/train}}]",
-        f"data.heldout=[{{name: heldout, path: {tiny_corpus}/heldout}}]",
-        *(f"data.store_dir={tmp_path}/store", f"run.dir={tmp_path}/runs", "schedule.tokens=null"),
-        "schedule.stages=[{name: short, tokens: 2048, context_length: 128, attention: {block_size: 32}}]",
-        *("train.tokens_per_step=512", "launch.device=cpu", "launch.threads=1", "wandb.mode=disabled"),
-    ]
-
-
 def over_ssh_of(config: LaunchConfig) -> list[str]:
     return ["launch=hostfile", f"launch.hostfile={config.hostfile}", f"launch.ssh_options={config.ssh_options}"]
 
@@ -210,7 +195,7 @@ def cli(*arguments: str) -> list[str]:
 
 @needs_sshd
 @pytest.mark.distributed
-def test_two_machines(overrides: list[str], two_hosts: LaunchConfig, tmp_path: Path) -> None:
+def test_two_machines(tiny_overrides: list[str], two_hosts: LaunchConfig, tmp_path: Path) -> None:
     """The command that a user gives: the run equals one of two processes on one machine."""
     over_ssh = [
         "launch=hostfile",
@@ -219,7 +204,7 @@ def test_two_machines(overrides: list[str], two_hosts: LaunchConfig, tmp_path: P
     ]
     folder = tmp_path / "runs/ssh"
     dry = subprocess.run(
-        cli(*overrides, *over_ssh, "run.name=ssh", "launch.dry_run=true", "launch.port=29555"),
+        cli(*tiny_overrides, *over_ssh, "run.name=ssh", "launch.dry_run=true", "launch.port=29555"),
         capture_output=True,
         text=True,
     )
@@ -231,23 +216,25 @@ def test_two_machines(overrides: list[str], two_hosts: LaunchConfig, tmp_path: P
     )
     assert [path.name for path in folder.iterdir() if not path.name.startswith(".")] == ["resolved.yaml"]
 
-    done = subprocess.run(cli(*overrides, *over_ssh, "run.name=ssh"), capture_output=True, text=True, timeout=180)
+    done = subprocess.run(cli(*tiny_overrides, *over_ssh, "run.name=ssh"), capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     assert "command: ssh " in done.stdout and "report: " in done.stdout
     assert json.loads((folder / "result.json").read_text())["status"] == "completed"
     assert not workers_of(folder)
-    done = subprocess.run(cli(*overrides, "run.name=local", "launch.processes=2"), capture_output=True, timeout=180)
+    done = subprocess.run(
+        cli(*tiny_overrides, "run.name=local", "launch.processes=2"), capture_output=True, timeout=180
+    )
     assert done.returncode == 0, done.stderr
     assert losses(folder) == losses(tmp_path / "runs/local")
 
 
 @needs_sshd
 @pytest.mark.distributed
-def test_all_machines_end_together(overrides: list[str], two_hosts: LaunchConfig, tmp_path: Path) -> None:
+def test_all_machines_end_together(tiny_overrides: list[str], two_hosts: LaunchConfig, tmp_path: Path) -> None:
     """Told to stop, it saves; when a rank of one machine is killed, or the command itself, nothing is left on any."""
     folder = tmp_path / "runs/long"
     command = cli(
-        *(value.replace("tokens: 2048", "tokens: 512000") for value in overrides),
+        *(value.replace("tokens: 2048", "tokens: 512000") for value in tiny_overrides),
         *over_ssh_of(two_hosts),
         *("run.name=long", "run.resume=auto"),
     )

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from moba_train.config import Config, FusedKernels, OffloadDevice, Precision, Resume, StageLearningRateConfig
+from moba_train.config import (
+    Config,
+    FusedKernels,
+    LaunchKind,
+    OffloadDevice,
+    Precision,
+    Resume,
+    StageLearningRateConfig,
+)
 from moba_train.validate import micro_batch_rows, validate
 
 
@@ -189,6 +197,9 @@ def test_sequence_parallel_groups_share_out_ranks_rows_and_steps(tiny_config: Co
 
 
 def test_resuming_needs_a_name(tiny_config: Config) -> None:
+    tiny_config.run.name, tiny_config.launch.kind = None, LaunchKind.environment
+    with pytest.raises(ValueError, match=r"launch=environment needs run\.name"):
+        validate(tiny_config)
     tiny_config.run.name, tiny_config.run.resume = None, Resume.auto
     with pytest.raises(ValueError, match=r"run.resume=auto needs run.name"):
         validate(tiny_config)

@@ -22,7 +22,7 @@ from rich.console import Console
 from moba_train import resolved
 from moba_train.commands.compose import run_hydra
 from moba_train.config import Config
-from moba_train.parallel import launch
+from moba_train.parallel import launch, started
 from moba_train.summary import print_summary, read_result
 from moba_train.validate import validate
 
@@ -57,6 +57,8 @@ def main(arguments: list[str]) -> int:
 def run_one(config: Config) -> tuple[Path, int]:
     """Validate, prepare the data, start the processes, and report. Returns the run directory and the exit code."""
     config.launch = launch.settle(config.launch)
+    if started.follows(config.launch):
+        return follow(config)
     validate(config)
     # torch, transformers and matplotlib take seconds to import: a mistyped setting is told before.
     from moba_train import checkpoint, preflight, report
@@ -88,6 +90,8 @@ def run_one(config: Config) -> tuple[Path, int]:
             code = 0
         else:
             code = launch.run(config.launch, folder / resolved.FILE, claim)
+        if not code and not (folder / "result.json").is_file():
+            return folder, 0  # a batch job that is to come
         if code:
             saved = checkpoint.list_checkpoints(folder / "checkpoints")
             advice = "; its checkpoints stand, run.resume=auto goes on from the newest" if saved else ""
@@ -96,6 +100,15 @@ def run_one(config: Config) -> tuple[Path, int]:
         print_summary(folder, console)
         say(f"report: {report.build(folder)}")
     return folder, 0
+
+
+def follow(config: Config) -> tuple[Path, int]:
+    """A rank other than 0 that something else has started: rank 0 does the rest, and says what is wrong."""
+    folder = run_folder(config)
+    started.wait_for(folder / resolved.FILE, resolved.to_yaml(config), config.launch.timeout_minutes)
+    if (folder / "result.json").is_file():  # the run is complete
+        return folder, 0
+    return folder, launch.run(config.launch, folder / resolved.FILE)
 
 
 def say(line: str) -> None:

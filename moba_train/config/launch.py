@@ -29,7 +29,10 @@ class LaunchKind(Enum):
 class SlurmConfig:
     """The batch job that ``launch=slurm`` writes to ``<run>/launch.sbatch`` and submits."""
 
-    options: dict[str, str] = field(default_factory=dict)  # of sbatch: {partition: gpu, time: "24:00:00"}
+    partition: str | None = None
+    account: str | None = None
+    time: str | None = None  # the limit, as sbatch reads it: 24:00:00
+    options: dict[str, str] = field(default_factory=dict)  # more of sbatch: +launch.slurm.options.qos=high
     setup: list[str] = field(default_factory=list)  # shell lines before the ranks start: [module load cuda]
     save_seconds: int = 300  # before the time limit the run saves, ends and is queued again; 0: it does not
     wait: bool = False  # until the job has ended; False: return when it is submitted
@@ -49,7 +52,7 @@ class LaunchConfig:
     threads: int = 0  # CPU threads a process; 0: the cores shared out
     port: int = 0  # of the rendezvous, on the first node; 0: any free one
     timeout_minutes: float = 30.0  # of a collective operation, and of a step's part without progress: the run ends
-    environment: dict[str, str] = field(default_factory=dict)  # of every process, beside the launcher's own
+    environment: dict[str, str] = field(default_factory=dict)  # of every process: +launch.environment.NAME=VALUE
     dry_run: bool = False  # write resolved.yaml, print the exact command, start nothing
     hostfile: str | None = None  # DeepSpeed's format, a line a machine: HOST slots=N
     ssh_options: list[str] = field(default_factory=list)  # arguments of every ssh: [-p, "2222", -i, KEY]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from moba_train.config import LaunchConfig, LaunchKind
-from moba_train.parallel import hosts, local, ssh
+from moba_train.parallel import hosts, local, slurm, ssh, started, variables
 
 _REMOTE_PORTS = range(20000, 32000)  # below those that Linux gives to outgoing connections
 
@@ -31,6 +31,11 @@ def settle(launch: LaunchConfig) -> LaunchConfig:
         if launch.gpus_per_node is None and launch.gpus is None:
             launch.processes = sum(host.processes for host in used)
         return replace(launch, port=launch.port or random.choice(_REMOTE_PORTS))
+    if launch.kind is LaunchKind.slurm:
+        slurm.settle(launch)
+        return launch
+    if launch.kind is LaunchKind.environment:
+        return started.settle(launch)
     return replace(launch, port=launch.port or local.free_port())
 
 
@@ -42,7 +47,9 @@ def check(launch: LaunchConfig) -> None:
     """
     if launch.kind is LaunchKind.hostfile:
         hosts.check(launch)
-    elif not local.port_is_free(launch.port):
+    elif launch.kind is LaunchKind.slurm:
+        slurm.check()
+    elif launch.kind is LaunchKind.local and not local.port_is_free(launch.port):
         raise ValueError(f"launch.port={launch.port} is in use on this machine: choose another, or 0 for any free one")
 
 
@@ -56,6 +63,9 @@ def run(launch: LaunchConfig, resolved: Path, claim: IO[str] | None = None) -> i
     Returns:
         0, or the exit code of the first process that failed; 128 + the signal's number where a signal ended it.
     """
+    if launch.kind is LaunchKind.slurm:
+        _give_up(claim)
+        return slurm.run(launch, resolved)
     if launch.kind is LaunchKind.hostfile:
         used = hosts.choose(launch)
         commands = ssh.commands(launch, used, resolved)
@@ -63,12 +73,21 @@ def run(launch: LaunchConfig, resolved: Path, claim: IO[str] | None = None) -> i
             print(f"command: {shlex.join(command)}", flush=True)
         if launch.dry_run:
             return 0
-        if claim is not None:
-            claim.close()  # rank 0 takes it
+        _give_up(claim)
         return ssh.run(used, commands)
-    environments = local.environments(launch, resolved.parent)
-    print(f"command: {local.shell(environments, resolved)}", flush=True)
+    if launch.kind is LaunchKind.environment:
+        environments = [variables.of_processes(launch, resolved.parent)]
+    else:
+        environments = local.environments(launch, resolved.parent)
+    if not started.follows(launch):
+        print(f"command: {local.shell(environments, resolved)}", flush=True)
     return 0 if launch.dry_run else local.run(environments, resolved, claim)
+
+
+def _give_up(claim: IO[str] | None) -> None:
+    """Rank 0 of another machine takes it."""
+    if claim is not None:
+        claim.close()
 
 
 def _check_counts(launch: LaunchConfig) -> None:

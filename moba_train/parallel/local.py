@@ -41,8 +41,8 @@ def run(added: Sequence[dict[str, str]], resolved: Path, claim: IO[str] | None) 
     claimed = {lifetime.CLAIM: str(claim.fileno())} if claim else {}
 
     def start(environment: dict[str, str]) -> supervise.Process:
-        name = f"rank {environment['RANK']}"
-        return supervise.Process(name, command(resolved), {**os.environ, **environment, **claimed}, handed)
+        whole = {**os.environ, **environment, **claimed}
+        return supervise.Process(f"rank {whole['RANK']}", command(resolved), whole, handed)
 
     return supervise.run(partial(start, environment) for environment in added)
 
