@@ -7,6 +7,7 @@ saves unchanged.
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,15 +62,17 @@ def described_configuration(model: ModelConfig) -> PretrainedConfig:
     return _new_configuration(kind, keywords)
 
 
-def planned_shape(model: ModelConfig) -> DecoderShape:
+def planned_shape(model: ModelConfig, key_conv: int = 0) -> DecoderShape:
     """The sizes of a model, from ``model.architecture`` where it is given: the files may not be at hand.
+
+    Args:
+        key_conv: ``attention.key_conv``.
 
     Raises:
         ValueError: as ``model_configuration``, or no Llama-shaped decoder.
     """
-    return DecoderShape.from_config(
-        described_configuration(model) if model.architecture else model_configuration(model)
-    )
+    configuration = described_configuration(model) if model.architecture else model_configuration(model)
+    return replace(DecoderShape.from_config(configuration), key_conv=key_conv_width(configuration, key_conv))
 
 
 def _check_description(loaded: PretrainedConfig, model: ModelConfig) -> None:

@@ -38,7 +38,7 @@ def check_model(config: Config, schedule: Schedule) -> None:
     model = model_configuration(config.model)
     _check_backend(config.attention.backend, device, schedule, model)
     refuse_changed_logits(model)
-    key_conv_width(model, config.attention.key_conv)
+    _check_key_conv(config, model)
     layers = model.num_hidden_layers
     heads, kv_heads = (
         model.num_attention_heads,
@@ -95,6 +95,15 @@ def _device(launch: LaunchConfig) -> torch.device:
     if launch.kind is LaunchKind.local and not launch.dry_run:
         return choose_device(launch, local_rank=0, processes=launch.world_size)
     return torch.device("cpu" if launch.device is Device.cpu else "cuda")
+
+
+def _check_key_conv(config: Config, model: PretrainedConfig) -> None:
+    width, size = key_conv_width(model, config.attention.key_conv), config.train.sequence_parallel_size
+    if width and size > 1:
+        raise ValueError(
+            f"train.sequence_parallel_size={size} with attention.key_conv={width}: a rank's first keys would need the "
+            f"last ones of the rank before, which they do not get; set train.sequence_parallel_size=1"
+        )
 
 
 def _check_slices(config: Config, heads: int, kv_heads: int) -> None:

@@ -18,7 +18,7 @@ from moba_train.attention.spec import AttentionSpec
 from moba_train.config import Config, ModelConfig, Precision
 from moba_train.cost import DecoderShape
 from moba_train.metrics_file import read_rows
-from moba_train.model import load_model
+from moba_train.model import load_model, planned_shape
 from moba_train.optimizer import parameter_groups
 from moba_train.recompute import checkpoint_activations
 from tiny import TINY_LLAMA, checkpoint_tensors, run_worker
@@ -88,7 +88,9 @@ def test_recomputation_changes_nothing() -> None:
 
 def test_convolutions_are_counted_and_not_decayed() -> None:
     model = model_of(width=5)
-    assert DecoderShape.from_config(model.config).parameters == sum(p.numel() for p in model.parameters())
+    count = sum(p.numel() for p in model.parameters())
+    assert DecoderShape.from_config(model.config).parameters == count
+    assert planned_shape(ModelConfig(architecture=dict(TINY_LLAMA)), 5).parameters == count
     kept = {id(parameter) for parameter in parameter_groups(model, 0.1)[1]["params"]}
     assert all(id(m.weight) in kept for m in model.modules() if isinstance(m, KeyConvolution))
 
@@ -189,7 +191,7 @@ def test_a_run_goes_on_from_the_exported_folder(finished: Path, tiny_config_modu
 def test_two_processes_learn_what_one_does(
     finished: Path, tiny_config_module: Config, tmp_path: Path, zero_stage: int
 ) -> None:
-    config = convolved(tiny_config_module, zero_stage=zero_stage, activation_checkpointing=zero_stage == 2)
+    config = convolved(tiny_config_module, zero_stage=zero_stage)
     config.launch.processes = 2
     done = run_worker(config, tmp_path / "two")
     assert done.returncode == 0, done.stderr

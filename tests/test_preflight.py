@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from moba_train import preflight, resolved
-from moba_train.config import AttentionKind, Config, Device, Resume, RopeConfig
+from moba_train import key_conv_folder, preflight, resolved
+from moba_train.config import AttentionKind, Config, Device, Precision, Resume, RopeConfig
 from moba_train.data.tokens import prepare_store
+from moba_train.model import load_model
 from moba_train.schedule import build_schedule
 
 
@@ -205,6 +206,19 @@ def test_rope_by_the_length_of_the_row_needs_whole_rows(tiny_config: Config) -> 
     check_model(tiny_config)
     tiny_config.train.sequence_parallel_size = 2
     refuses(tiny_config, "rope_type=dynamic of stage full .*sequence_parallel_size=2 .* set that to 1")
+
+
+def test_key_convolutions_need_whole_rows(tiny_config: Config, tmp_path: Path) -> None:
+    """Asked for, or the model's own."""
+    tiny_config.train.sequence_parallel_size = 2
+    tiny_config.attention.key_conv = 3
+    refuses(tiny_config, "sequence_parallel_size=2 with attention.key_conv=3.*set train.sequence_parallel_size=1")
+    model = load_model(tiny_config.model, Precision.fp32, 5)
+    key_conv_folder.save(model, tmp_path)
+    tiny_config.model.path, tiny_config.model.architecture = str(tmp_path), {}
+    refuses(tiny_config, "attention.key_conv=3 and the model has key convolutions of width 5: set it to 5")
+    tiny_config.attention.key_conv = 0
+    refuses(tiny_config, "sequence_parallel_size=2 with attention.key_conv=5")
 
 
 def test_another_tokenizer_than_the_models_own_is_refused(tiny_config: Config, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from moba_train.attention import BACKENDS
 from moba_train.attention.blocks import Blocks, cut
 from moba_train.attention.gate import choose
+from moba_train.attention.varlen import varlen_moba
 from moba_train.bench.cases import Case
 from moba_train.bench.check import Judge, Results
 
@@ -78,6 +79,9 @@ def judge(name: str, case: Case, tensors: list[Tensor], found: Results) -> Judge
         choices, lse = _fused_choices(case, query, key, value, blocks)
     else:
         choices, lse = choose(query, key, blocks, case.spec), None
+    if name == "varlen":
+        with torch.no_grad():
+            lse = varlen_moba(query, key, value, choices, blocks.bounds, case.block_size, case.scale)[1]
     return Judge(tensors, found, blocks, choices, case.block_size, case.scale, lse)
 
 

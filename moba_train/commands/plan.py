@@ -60,7 +60,7 @@ def show(config: Config, settings: PlanConfig, output: Path | None = None) -> No
     from moba_train.model import planned_shape  # transformers takes seconds: a mistyped setting is told before
 
     machine = hardware(settings)
-    found = estimate(config, planned_shape(config.model), machine)
+    found = estimate(config, planned_shape(config.model, config.attention.key_conv), machine)
     offered = switches(found, config)
     chosen = [] if found.fits else together(found, config)
     _print_head(found, config)
