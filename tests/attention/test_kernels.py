@@ -216,32 +216,39 @@ def test_more_blocks_than_there_are_is_dense():
 
 
 @kernels
-def test_the_benchmark_s_check_tells_right_from_wrong(monkeypatch):
-    op, _, _ = modules()
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
-    import bench_attention_check as check
+def test_a_measurement_checks_the_kernels_and_holds_others_against_them(monkeypatch):
+    from moba_train.bench import timing
+    from moba_train.bench.cases import Case as Measured
+    from moba_train.bench.measure import measure
 
-    monkeypatch.setattr(check, "ROWS", 8)
-    case = Case("judge", (90, 60), heads=2, kv_heads=1)
-    query, key, value, d_out = case.tensors(DEVICE, DTYPE)
-    blocks, choices = choices_of(case, query, key)
-    bounds = (blocks.bounds, blocks.first, blocks.of_token)
-    inputs = [x.requires_grad_() for x in (query, key, value)]
-    out, lse = op.attend(*inputs, *bounds, choices, 16, case.head_dim**-0.5)
-    names = ("d_query", "d_key", "d_value")
-    results = dict(zip(names, torch.autograd.grad(out, inputs, d_out), strict=True), out=out.detach(), lse=lse)
-    with torch.no_grad():
-        at = dict(query=query, key=key, value=value, d_out=d_out, **results)
-        assert "d_key" in check.Judge(blocks, choices, 16, case.head_dim**-0.5, **at).verdict()
-        for name in ("out", *names):
-            wrong = {**at, name: at[name] * 1.05}
-            with pytest.raises(SystemExit, match=name):
-                check.Judge(blocks, choices, 16, case.head_dim**-0.5, **wrong).verdict()
-        swapped = choices.clone()
-        swapped[:, 140:, :, 0] = (swapped[:, 140:, :, 0] + 1) % 3
-        with pytest.raises(SystemExit, match="gate"):
-            monkeypatch.setattr(check, "ROWS", 400)
-            check.Judge(blocks, swapped, 16, case.head_dim**-0.5, **at).verdict()
+    monkeypatch.setattr(timing, "SECONDS", dict.fromkeys(timing.SECONDS, 0.0))
+    case = Measured("small", 2, 75, 4, 2, 16, 3, 32, "fp16")
+    row = measure(case, ["triton", "varlen", "reference"], torch.device(DEVICE), None)
+    for name, column in row["columns"].items():
+        assert column["checked"] and not column["failed"] and min(column["times"]) > 0, (name, column)
+    assert "d_key" in row["columns"]["triton"]["checked"]
+    assert row["columns"]["reference"]["checked"].startswith("0.00% of the rows chose otherwise")
+
+
+@kernels
+def test_a_measurement_tells_wrong_kernels(monkeypatch):
+    from moba_train.bench import check
+    from moba_train.bench.cases import Case as Measured
+    from moba_train.bench.implementations import judge, moba, results
+
+    case = Measured("small", 2, 75, 4, 2, 16, 3, 32, "fp16")
+    tensors = case.tensors(torch.device(DEVICE))
+    found = results(moba("triton", case, torch.device(DEVICE)), tensors)
+    judged = judge("triton", case, tensors, found)
+    assert "d_key" in judged.verdict()
+    judged.lse = judged.lse + 0.05
+    with pytest.raises(check.CheckFailed, match="d_"):
+        judged.verdict()
+    judged = judge("triton", case, tensors, found)
+    monkeypatch.setattr(check, "ROWS", 400)
+    judged.choices[140:, :, 0] = 5 + (judged.choices[140:, :, 0] - 5 + 1) % 3
+    with pytest.raises(check.CheckFailed, match="gate"):
+        judged.verdict()
 
 
 @pytest.mark.parametrize("kibibytes", [99, 163, 227])
