@@ -1,4 +1,4 @@
-"""What saves memory changes no number beyond rounding, alone or together, and a run resumes with it to the same bits."""
+"""What saves memory changes no number beyond rounding, alone or together, and a run resumes with it bit by bit."""
 
 from __future__ import annotations
 
