@@ -180,15 +180,17 @@ def step_cost(
     lengths: ArrayLike,
     *,
     activation_checkpointing: bool = False,
-    tiled_loss: bool = True,
+    keep_attention: bool = False,
+    tiled_loss: bool = False,
 ) -> StepCost:
     """Cost of one forward and backward pass over packed segments.
 
     Args:
         plan: one specification a layer
         lengths: tokens of each segment, padding among them where it is computed; empty segments count nothing
-        activation_checkpointing: every layer's forward pass, gate included, is computed once more
-        tiled_loss: the loss computes its logits once more in the backward pass
+        activation_checkpointing: every layer's forward pass, the gate left out, is computed once more
+        keep_attention: of that, attention is left out too
+        tiled_loss: the loss computes its logits once more in the backward pass, as it does under ZeRO-3
 
     Raises:
         ValueError: the plan is not as long as the model is deep
@@ -211,7 +213,8 @@ def step_cost(
     # Backward: two products for each of the forward's; the gate has none, its choice carries no gradient.
     model = forward + head + 2 * (linear + attention + head)
     # Flash-style kernels form the scores anew: five products where the forward has two.
-    hardware = model + 0.5 * attention + activation_checkpointing * forward + tiled_loss * head
+    again = activation_checkpointing * (linear + attention * (not keep_attention))
+    hardware = model + 0.5 * attention + again + tiled_loss * head
     return StepCost(model, hardware)
 
 

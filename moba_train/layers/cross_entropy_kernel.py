@@ -18,12 +18,12 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore: int) -> Tensor:
     tokens, vocabulary = logits.shape
     losses = torch.empty(tokens, dtype=torch.float32, device=logits.device)
     block = min(BLOCK, triton.next_power_of_2(vocabulary))
-    _kernel[(tokens,)](logits, targets, losses, logits.stride(0), vocabulary, ignore, block, num_warps=32)
+    cross_entropy_kernel[(tokens,)](logits, targets, losses, logits.stride(0), vocabulary, ignore, block, num_warps=32)
     return losses
 
 
 @triton.jit
-def _kernel(p_logits, p_targets, p_losses, stride, V, ignore, BLOCK: tl.constexpr):
+def cross_entropy_kernel(p_logits, p_targets, p_losses, stride, V, ignore, BLOCK: tl.constexpr):
     i_token = tl.program_id(0).to(tl.int64)
     target = tl.load(p_targets + i_token)
     p_row = p_logits + i_token * stride

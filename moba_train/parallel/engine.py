@@ -39,14 +39,13 @@ def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, train: Tra
 
 def engine_config(train: TrainConfig, runtime: Runtime) -> dict:
     """DeepSpeed's configuration. It counts batches in micro-batches, since rows and their length vary by stage."""
-    reduction = train.reduction_dtype or train.precision
     config: dict = {
         "train_micro_batch_size_per_gpu": 1,
         "train_batch_size": runtime.world_size,
         "bf16": {"enabled": train.precision is Precision.bf16},
         "zero_allow_untested_optimizer": True,  # torch's AdamW, see optimizer.py
         "zero_force_ds_cpu_optimizer": False,  # torch's has a fused CPU step too, and needs no compiler
-        "communication_data_type": reduction.value,
+        "communication_data_type": _reduction_dtype(train, runtime).value,
         "gradient_clipping": 0.0 if _clips_itself(train) else train.gradient_clipping,
         "steps_per_print": 10**9,
     }
@@ -56,6 +55,13 @@ def engine_config(train: TrainConfig, runtime: Runtime) -> dict:
     if train.zero_stage:
         config["zero_optimization"] = {"stage": train.zero_stage, **_offload(train.offload)}
     return config
+
+
+def _reduction_dtype(train: TrainConfig, runtime: Runtime) -> Precision:
+    if train.reduction_dtype is not None:
+        return train.reduction_dtype
+    # A single process under ZeRO-1 has nothing to send: its fp32 sums would be rounded to bf16 and back for nothing.
+    return train.gradient_dtype if runtime.world_size == train.zero_stage == 1 else train.precision
 
 
 def _offload(offload: OffloadConfig) -> dict:

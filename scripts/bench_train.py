@@ -1,0 +1,412 @@
+"""Training speed and memory on one GPU, MoBA against dense attention: python scripts/bench_train.py [CASE ...]
+
+Whole optimizer steps through ``train.optimize`` and DeepSpeed, of models with random weights on random tokens, one row
+one segment. Dense is the kind ``full``: torch's attention with cuDNN. Where a dense step would take minutes, attention
+of one layer is timed and multiplied by the layers, the rest of the step taken from MoBA's; the table marks it (*).
+Utilisation counts the model's operations alone, MoBA's with the keys that it reads, over the data sheet's peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import yaml
+from bench_train_profile import breakdown
+from omegaconf import OmegaConf
+
+from moba_train import hf_attention, train
+from moba_train.assemble import assemble
+from moba_train.attention import AttentionSpec, full_attention, moba_attention
+from moba_train.config import Config, ModelConfig, TrainConfig
+from moba_train.data.loader import Batch
+from moba_train.embedded import folder
+from moba_train.metrics import PositionLoss, Throughput, peak_flops
+from moba_train.model import load_model
+from moba_train.observe import OwnTime
+from moba_train.parallel.engine import set_accumulation
+from moba_train.runtime import Runtime, finish, seed_everything, start
+
+FULL = AttentionSpec("full")
+SMOLLM2 = {  # SmolLM2-135M
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+
+
+def moba(block_size: int, top_k: int) -> AttentionSpec:
+    return AttentionSpec("moba", block_size, top_k)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One engine: a model at one context length with its switches, and the attentions that take steps in it."""
+
+    name: str
+    model: str
+    context: int
+    attentions: tuple[AttentionSpec, ...]
+    rows: int = 1  # of a step, each a micro-batch
+    steps: int = 3  # timed, after one that is not
+    warm: int = 1
+    switches: dict[str, Any] = field(default_factory=dict)  # of ``train``
+    dense_layer: bool = False  # time one layer's dense attention in the place of dense steps
+    profile: bool = False
+
+
+CHECKPOINTED = {"activation_checkpointing": True}
+KEPT = {**CHECKPOINTED, "keep_attention": True}
+LONG = {**CHECKPOINTED, "mlp_tile_tokens": 32768}
+
+CASES = [
+    Case("tiny", "tiny", 1024, (FULL, moba(128, 3)), switches={**KEPT, "mlp_tile_tokens": 100}, profile=True),
+    Case("32k", "llama3_1b", 32768, (FULL, moba(512, 3)), switches=KEPT, profile=True),
+    Case("32k_recomputed", "llama3_1b", 32768, (FULL, moba(512, 3)), switches=CHECKPOINTED, profile=True),
+    Case("128k", "llama3_1b", 131072, (moba(128, 8), moba(4096, 12), FULL), steps=1, switches=KEPT, profile=True),
+    Case("128k_recomputed", "llama3_1b", 131072, (moba(4096, 12),), steps=1, switches=CHECKPOINTED),
+    Case(
+        "512k",
+        "llama3_1b",
+        1 << 19,
+        (moba(4096, 12),),
+        steps=1,
+        warm=0,
+        switches={**LONG, "keep_attention": True},
+        dense_layer=True,
+    ),
+    Case(
+        "1m",
+        "llama3_1b",
+        1 << 20,
+        (moba(4096, 12),),
+        steps=1,
+        warm=0,
+        switches={**LONG, "offload": {"hidden_states": True}},
+        dense_layer=True,
+    ),
+    Case("smollm2_32k", "smollm2", 32768, (FULL, moba(512, 3)), rows=4, switches=KEPT, profile=True),
+    Case("16k", "llama3_1b", 16384, (moba(512, 3),)),
+]
+SWITCHES = {  # each alone, beside activation checkpointing
+    "none": {},
+    "keep_attention": {"keep_attention": True},
+    "mlp_tile_tokens=8192": {"mlp_tile_tokens": 8192},
+    "loss_tile_tokens=8192": {"loss_tile_tokens": 8192},
+    "offload.hidden_states": {"offload": {"hidden_states": True}},
+    "offload.optimizer=cpu": {"offload": {"optimizer": "cpu"}},
+    "zero_stage=2": {"zero_stage": 2},
+    "zero_stage=3, offload.parameters=cpu": {"zero_stage": 3, "offload": {"parameters": "cpu"}},
+    "gradient_dtype=bf16": {"gradient_dtype": "bf16"},
+    "fused_kernels=none": {"fused_kernels": "none"},
+    "activation_checkpointing=false": {"activation_checkpointing": False},
+}
+CASES += [
+    Case(f"switch: {name}", "llama3_1b", 65536, (moba(512, 3),), steps=2, switches={**CHECKPOINTED, **switches})
+    for name, switches in SWITCHES.items()
+]
+CASES += [
+    Case(
+        "8b",
+        "llama3_8b",
+        131072,
+        (moba(512, 3),),
+        steps=1,
+        warm=0,
+        switches={**LONG, "zero_stage": 3, "gradient_dtype": "bf16", "offload": {"optimizer": "cpu"}},
+    )
+]
+
+
+class RandomRows:
+    """The loader of a step: rows of random tokens, each one segment."""
+
+    def __init__(self, case: Case, vocabulary: int) -> None:
+        self._case, self._vocabulary = case, vocabulary
+        self._generator = torch.Generator().manual_seed(0)
+
+    def next_step(self, micro_batch_rows: int) -> list[Batch]:
+        return [self._batch() for _ in range(self._case.rows)]
+
+    def _batch(self) -> Batch:
+        length = self._case.context
+        ids = torch.randint(self._vocabulary, (1, length), generator=self._generator)
+        labels = ids.clone()
+        labels[:, 0] = -100
+        bounds = torch.tensor([0, length], dtype=torch.int32)
+        return Batch(ids, labels, torch.arange(length)[None], bounds, length)
+
+
+def architecture(name: str) -> dict[str, Any]:
+    if name == "tiny":
+        return {**SMOLLM2, "num_hidden_layers": 3, "vocab_size": 500}
+    if name == "smollm2":
+        return SMOLLM2
+    return yaml.safe_load((folder("configs") / f"model/{name}.yaml").read_text())["architecture"]
+
+
+def configuration(case: Case, device: torch.device) -> Config:
+    config = Config(model=ModelConfig(name=case.model, architecture=dict(architecture(case.model))))
+    config.model.architecture["max_position_embeddings"] = case.context
+    on_gpu = device.type == "cuda"
+    defaults = {"precision": "bf16", "zero_stage": 1} if on_gpu else {}
+    settings = OmegaConf.merge(OmegaConf.structured(TrainConfig), defaults, case.switches)
+    config.train = OmegaConf.to_object(settings)  # type: ignore[assignment]
+    config.train.tokens_per_step = case.rows * case.context
+    return config
+
+
+def build(case: Case, runtime: Runtime) -> SimpleNamespace:
+    """What ``train.optimize`` reads of a run."""
+    config = configuration(case, runtime.device)
+    seed_everything(0)
+    with runtime.device:  # random weights are made where they will be: much faster
+        model = load_model(config.model, config.train.precision)
+    engine = assemble(model, config, runtime)
+    set_accumulation(engine, case.rows)
+    return SimpleNamespace(
+        config=config,
+        runtime=runtime,
+        model=model,
+        engine=engine,
+        schedule=SimpleNamespace(tokens_per_step=config.train.tokens_per_step),
+        loader=RandomRows(case, model.config.vocab_size),
+        bins=PositionLoss(case.context, 2048, runtime.device),
+        throughput=Throughput(peak_flops(runtime.device, torch.bfloat16), window=1),
+        own_time=OwnTime(runtime.device),
+        watchdog=SimpleNamespace(beat=lambda doing: None),
+        step=0,
+    )
+
+
+def steps(run: SimpleNamespace, case: Case, attention: AttentionSpec, until: float) -> dict[str, Any]:
+    """Time steps with one attention in every layer."""
+    layers = run.model.config.num_hidden_layers
+    hf_attention.set_plan(run.model, [attention] * layers)
+    run.stage = SimpleNamespace(context_length=case.context, plan=lambda count: [attention] * count)
+    device = run.runtime.device
+    times, rates, row = [], [], {}
+    for index in range(case.warm + case.steps):
+        if index == case.warm and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        if times and time.monotonic() + times[-1] > until:
+            break
+        run.throughput.restart()
+        synchronize(device)
+        began = time.perf_counter()
+        row = train.optimize(run)
+        synchronize(device)
+        times.append(time.perf_counter() - began)
+        rates.append(run.throughput.as_row())
+        run.step += 1
+        run.own_time.take()
+    timed = times[case.warm :] or times
+    seconds = statistics.median(timed)
+    found = {
+        "attention": asdict(attention),
+        "step_seconds": seconds,
+        "all_step_seconds": times,
+        "tokens_per_second": case.rows * case.context / seconds,
+        "model_flop_utilization": rates[-1].get("perf/model_flop_utilization", 0) * times[-1] / seconds,
+        "hardware_flop_utilization": rates[-1].get("perf/hardware_flop_utilization", 0) * times[-1] / seconds,
+        "loss": row["train/loss"],
+        "gradient_norm": row["train/gradient_norm"],
+        "host_gb": host_gb(),
+    }
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        found |= {
+            "allocated_bytes": torch.cuda.max_memory_allocated(device),
+            "reserved_bytes": torch.cuda.max_memory_reserved(device),
+            "used_bytes": total - free,
+            "between_steps_bytes": torch.cuda.memory_allocated(device),
+        }
+    if case.profile and time.monotonic() + 2 * seconds < until:
+        found["breakdown_seconds"] = breakdown(lambda: train.optimize(run), device)
+    return found
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def host_gb() -> float:
+    """Resident memory of this process, pinned memory included, in 1e9 bytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) * 1024 / 1e9
+
+
+def layer_seconds(case: Case, attention: AttentionSpec, device: torch.device) -> dict[str, float]:
+    """Forward, and forward and backward, of one layer's attention at the case's length."""
+    shape = architecture(case.model)
+    heads, kv_heads, head_dim = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
+    q, k, v, d_out = (
+        torch.randn(case.context, n, head_dim, device=device, dtype=torch.bfloat16)
+        for n in (heads, kv_heads, kv_heads, heads)
+    )
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+
+    def call() -> torch.Tensor:
+        if attention == FULL:
+            return full_attention(q, k, v)
+        return moba_attention(q, k, v, block_size=attention.block_size, top_k=attention.top_k)
+
+    marks = []
+    for _ in range(2):
+        synchronize(device)
+        marks.append(time.perf_counter())
+        out = call()
+        synchronize(device)
+        marks.append(time.perf_counter())
+        torch.autograd.grad(out, inputs, d_out)
+        synchronize(device)
+        marks.append(time.perf_counter())
+        del out
+        if marks[-1] - marks[0] > 20:
+            break
+    return {"forward": marks[-2] - marks[-3], "backward": marks[-1] - marks[-2]}
+
+
+def measure(case: Case, runtime: Runtime, until: float) -> list[dict[str, Any]]:
+    """A row for each attention of a case."""
+    common = {"case": case.name, "model": case.model, "context_length": case.context, "rows": case.rows}
+    try:
+        run = build(case, runtime)
+        built = torch.cuda.memory_allocated() if runtime.device.type == "cuda" else 0
+        rows = []
+        for attention in case.attentions:
+            row = steps(run, case, attention, until)
+            switches = OmegaConf.to_container(OmegaConf.structured(run.config.train), enum_to_str=True)
+            rows.append({**common, "train": switches, "built_bytes": built, **row})
+            show(rows[-1])
+        run.engine.destroy()
+    except torch.OutOfMemoryError as error:
+        rows = [{**common, "switches": case.switches, "error": " ".join(str(error).split())[:300]}]
+        show(rows[-1])
+    run = None
+    release()
+    if case.dense_layer and "step_seconds" in rows[-1]:
+        rows.append(dense_estimate(case, rows[-1], runtime.device))
+        show(rows[-1])
+    return rows
+
+
+def dense_estimate(case: Case, row: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A dense step from MoBA's step and one layer's attention of each kind."""
+    layers = architecture(case.model)["num_hidden_layers"]
+    passes = 1 if case.switches.get("keep_attention") else 2  # forward passes of attention in a step
+    layer = {spec.kind: layer_seconds(case, spec, device) for spec in (case.attentions[0], FULL)}
+    seconds = row["step_seconds"]
+    for kind, sign in (("moba", -1), ("full", 1)):
+        seconds += sign * layers * case.rows * (passes * layer[kind]["forward"] + layer[kind]["backward"])
+    shared = {key: row[key] for key in ("case", "model", "context_length", "rows", "train")}
+    tokens_per_second = case.rows * case.context / seconds
+    return {
+        **shared,
+        "attention": asdict(FULL),
+        "estimated_from_layer_seconds": layer,
+        "step_seconds": seconds,
+        "tokens_per_second": tokens_per_second,
+    }
+
+
+def release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def covering_top_k(runtime: Runtime) -> dict[str, float]:
+    """The loss with a top_k that covers the row, MoBA against dense: the same function."""
+    case = Case("check", "tiny", 2048, (FULL,), switches=KEPT)
+    run = build(replace(case, steps=1, warm=0), runtime)
+    batch = run.loader.next_step(1)[0]
+    found = {}
+    for name, attention in (("full", FULL), ("moba", moba(256, 8))):
+        hf_attention.set_plan(run.model, [attention] * run.model.config.num_hidden_layers)
+        loss, _ = run.engine(**train.model_inputs(batch, runtime), scale=1 / case.context)
+        found[name] = float(loss)
+    run.engine.destroy()
+    release()
+    if abs(found["moba"] - found["full"]) > 1e-3 * found["full"]:
+        raise SystemExit(f"error: MoBA with a covering top_k has loss {found['moba']}, dense {found['full']}")
+    return found
+
+
+def show(row: dict[str, Any]) -> None:
+    if "error" in row:
+        print(f"{row['case']:>38}  {row['error']}", flush=True)
+        return
+    spec = row["attention"]
+    kind = f"{spec['block_size']} x {spec['top_k']}" if spec["kind"] == "moba" else "dense"
+    star = "*" if "estimated_from_layer_seconds" in row else " "
+    line = f"{row['case']:>38} {kind:>9} {row['step_seconds']:9.3f}{star} s {row['tokens_per_second']:9.0f} tokens/s"
+    if not star.strip():
+        line += (
+            f"  {100 * row['model_flop_utilization']:5.1f} % of peak"
+            f" (hardware {100 * row['hardware_flop_utilization']:5.1f} %)  loss {row['loss']:.4f}"
+            f"  {row.get('allocated_bytes', 0) / 1e9:6.1f} GB, host {row['host_gb']:5.1f} GB"
+        )
+    print(line, flush=True)
+    for name, seconds in (row.get("breakdown_seconds") or {}).items():
+        print(f"{'':>50}{name:>28} {1e3 * seconds:9.1f} ms", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(case.name for case in CASES)}")
+    parser.add_argument("--output", type=Path, help="JSON file for all figures")
+    parser.add_argument("--seconds", type=float, default=3600, help="begin nothing after this many")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of train, everywhere"
+    )
+    arguments = parser.parse_args()
+    if unknown := set(arguments.cases) - {case.name for case in CASES}:
+        raise SystemExit(f"error: unknown case {sorted(unknown)[0]}: choose from {', '.join(c.name for c in CASES)}")
+    changes = OmegaConf.to_container(OmegaConf.from_dotlist(arguments.set))
+    until = time.monotonic() + arguments.seconds
+    runtime = start(Config().launch)
+    name = torch.cuda.get_device_name() if runtime.device.type == "cuda" else "cpu"
+    report: dict[str, Any] = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "device": name,
+        "torch": torch.__version__,
+        "command": " ".join(sys.argv),
+        "covering_top_k": covering_top_k(runtime),
+        "rows": [],
+    }
+    print(f"{name}, torch {torch.__version__}; a covering top_k equals dense: {report['covering_top_k']}", flush=True)
+    wanted = arguments.cases or ["32k", "128k", "512k", "1m"]
+    for case in CASES:
+        if case.name not in wanted:
+            continue
+        if time.monotonic() > until:
+            print(f"{case.name:>38}  not begun: {arguments.seconds} s are over", flush=True)
+            continue
+        case = replace(case, switches={**copy.deepcopy(case.switches), **changes})
+        report["rows"] += measure(case, runtime, until)
+        if arguments.output:
+            arguments.output.write_text(json.dumps(report, indent=1))
+    finish()
+
+
+if __name__ == "__main__":
+    main()
