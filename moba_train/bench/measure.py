@@ -71,7 +71,7 @@ def measure(case: Case, names: Sequence[str], device: torch.device, rates: Ceili
     columns = {name: _column(name, case, tensors, base, held, checked) for name in names}
     del held
     kernel, attend = fastest_dense(case, device)
-    columns = {"dense": _dense_column(kernel, attend, case, tensors), **columns}
+    columns = {"dense": _dense_column(attend, case, tensors), **columns}
     row: dict[str, Any] = {**asdict(case), "sparsity": case.sparsity, "dense_kernel": kernel}
     row["columns"] = {name: asdict(column) for name, column in columns.items()}
     fused = columns.get("triton")
@@ -88,11 +88,11 @@ def _checked(base: str, case: Case, tensors: list[Tensor]) -> tuple[Results | No
     """The results of a judged backend, and its column without times; no results where they are wrong."""
     found: list[Results] = []
 
-    def check() -> str:
+    def check() -> Column:
         found.append(results(moba(base, case, tensors[0].device), tensors))
-        return judge(base, case, tensors, found[0]).verdict()
+        return Column(base, checked=judge(base, case, tensors, found[0]).verdict())
 
-    column = _guarded(base, check)
+    column = _guarded(base, check, must_run=True)
     return (found[0] if column.checked else None), column
 
 
@@ -105,29 +105,20 @@ def _column(name: str, case: Case, tensors: list[Tensor], base: str, held: Resul
         return Column(name, reason=reason)
     if held is None:
         return Column(name, reason=f"there is nothing right to hold it against: {base} failed its own check")
-    return _timed(_guarded(name, lambda: compare(results(attend, tensors), held)), attend, tensors)
+    column = _guarded(name, lambda: Column(name, checked=compare(results(attend, tensors), held)))
+    return _timed(column, attend, tensors)
 
 
-def _dense_column(kernel: str, attend: Attend, case: Case, tensors: list[Tensor]) -> Column:
-    checked = _guarded("dense", lambda: judge_dense(case, tensors, results(attend, tensors)).verdict())
+def _dense_column(attend: Attend, case: Case, tensors: list[Tensor]) -> Column:
+    def check() -> Column:
+        return Column("dense", checked=judge_dense(case, tensors, results(attend, tensors)).verdict())
+
     # The long cases take seconds a call: the check's was the first, and cuDNN makes its plans there.
-    return _timed(checked, attend, tensors, warm=0)
+    return _timed(_guarded("dense", check, must_run=True), attend, tensors, warm=0)
 
 
 def _refusal(name: str, tensors: list[Tensor], case: Case) -> str | None:
     return BACKENDS[name].refuses(tensors[0], tensors[1], case.spec)
-
-
-def _guarded(name: str, check: Callable[[], str]) -> Column:
-    """The verdict of ``check``, or what went wrong: other packages may raise anything."""
-    with _device_kept(name):
-        try:
-            return Column(name, checked=check())
-        except CheckFailed as error:
-            return Column(name, reason=f"failed its check: {error}", failed=True)
-        except Exception as error:
-            told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            return Column(name, reason=told, failed=name in (*JUDGED, "dense"))
 
 
 def _timed(column: Column, attend: Attend, tensors: list[Tensor], warm: int = 2) -> Column:
@@ -142,11 +133,29 @@ def _timed(column: Column, attend: Attend, tensors: list[Tensor], warm: int = 2)
     def both() -> object:
         return results(attend, tensors)
 
-    with _device_kept(column.name):
-        # Of dense attention nobody asks, and its calls are long.
+    def time() -> Column:
+        # Dense attention's memory nobody asks for, and its calls are long.
         memory = extra_memory(both, tensors) if device.type == "cuda" and column.name != "dense" else None
         times = (milliseconds(forward, device, warm), milliseconds(both, device, warm))
-    return replace(column, times=times, memory=memory)
+        return replace(column, times=times, memory=memory)
+
+    return _guarded(column.name, time, must_run=warm == 0)
+
+
+def _guarded(name: str, make: Callable[[], Column], must_run: bool = False) -> Column:
+    """What ``make`` returns, or a column that says what went wrong: other packages may raise anything.
+
+    Args:
+        must_run: an error that is no failed check counts as one.
+    """
+    with _device_kept(name):
+        try:
+            return make()
+        except CheckFailed as error:
+            return Column(name, reason=f"failed its check: {error}", failed=True)
+        except Exception as error:
+            told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            return Column(name, reason=told, failed=must_run)
 
 
 @contextmanager

@@ -10,17 +10,12 @@ from moba_train.report.page import ABSENT
 _LEAST_MS = 0.005  # of a step that is worth a line
 
 
-def lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """Everything that is printed of a finished measurement."""
+def heading(result: Mapping[str, Any]) -> Iterator[str]:
+    """Where and how it was measured."""
     yield ", ".join(f"{name} {value}" for name, value in result["machine"].items())
     if result["ceilings"]:
         flops, size = result["ceilings"]["flops_per_ms"], result["ceilings"]["bytes_per_ms"]
         yield f"ceilings measured: matrix product {flops / 1e9:.0f} TFLOP/s, copy {size / 1e9:.2f} TB/s"
-    yield ""
-    yield from table(result["cases"])
-    yield ""
-    for row in result["cases"]:
-        yield from details(row)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -53,7 +48,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def details(row: Mapping[str, Any]) -> Iterator[str]:
     """How each implementation was checked, or why it has no times; then the steps."""
-    yield f"{row['name']} (dense: {row['dense_kernel']})"
+    yield f"{row['name']}: {row['sequences']} x {row['length']:,} tokens, dense by {row['dense_kernel']}"
     for name, column in row["columns"].items():
         yield f"  {name}: " + (f"checked: {column['checked']}" if column["checked"] else column["reason"])
     if "steps" not in row:

@@ -22,6 +22,7 @@ import json
 import platform
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,7 +63,7 @@ def main(arguments: list[str]) -> int:
     import torch
 
     from moba_train.bench.measure import DeviceLost, measure
-    from moba_train.bench.table import lines
+    from moba_train.bench.table import details, heading, table
     from moba_train.bench.timing import ceilings
 
     device = _device(given)
@@ -75,17 +76,18 @@ def main(arguments: list[str]) -> int:
         rates = ceilings(device)
         result["ceilings"] = asdict(rates)
         torch.cuda.empty_cache()
+    _print(heading(result))
     lost = ""
     for case in cases:
-        print(f"{case.name}: {case.sequences} x {case.length:,} tokens …", file=sys.stderr, flush=True)
         try:
-            result["cases"].append(measure(case, backends, device, rates))
+            row = measure(case, backends, device, rates)
         except DeviceLost as error:
-            lost = f"{error}: run the cases without it, the ones before {case.name} stand"
+            lost = f"{error}: leave it out; what was measured before {case.name} stands"
             break
+        result["cases"].append(row)
         durable.write(folder / "bench.json", json.dumps(result, indent=1) + "\n")
-    for line in lines(result):
-        print(line)
+        _print(details(row))
+    _print(table(result["cases"]))
     _draw(result, folder)
     print(f"written: {folder / 'bench.json'}")
     failed = [
@@ -165,6 +167,10 @@ def machine(device: torch.device, arguments: list[str]) -> dict[str, Any]:
     import triton
 
     return about | {"triton": triton.__version__}
+
+
+def _print(lines: Iterator[str]) -> None:
+    print("\n".join(lines), end="\n\n", flush=True)
 
 
 def _draw(result: dict[str, Any], folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from bench.recorded import growth, measurement
 from moba_train.bench.figure import picture
 from moba_train.bench.measure import Column
-from moba_train.bench.table import lines, table
+from moba_train.bench.table import details, heading, table
 
 
 def cells(line: str) -> list[str]:
@@ -39,14 +39,15 @@ def test_times_and_sizes_of_a_row_that_was_not_checked_are_not_shown() -> None:
 
 
 def test_everything_that_is_printed() -> None:
-    text = "\n".join(lines(recorded()))
+    result = recorded()
+    text = "\n".join([*heading(result), *(line for row in result["cases"] for line in details(row))])
     for words in (
         "command moba-train bench, gpu NVIDIA H200",
         "matrix product 787 TFLOP/s, copy 4.27 TB/s",
         "moonshot: failed its check: out differs in 40.0% of the rows",
         "flash_moba: the flash_moba package is not installed",
         "triton: checked: gate",
-        "dense: cuDNN",
+        "c64k: 2 x 65,536 tokens, dense by cuDNN",
     ):
         assert words in text, words
     steps = {line[:26].strip(): line.split() for line in text.splitlines()}
@@ -59,7 +60,8 @@ def test_everything_that_is_printed() -> None:
 def test_on_a_cpu_there_are_neither_limits_nor_aims() -> None:
     head = cells(next(table(growth()["cases"])))
     assert head[-2:] == ["varlen ms", "ratio"]
-    assert not any("limit" in line for line in lines(growth()))
+    assert not any("limit" in line for row in growth()["cases"] for line in details(row))
+    assert len(list(heading(growth()))) == 1
 
 
 @pytest.mark.parametrize("made", [measurement, growth], ids=["ratios", "growth"])
