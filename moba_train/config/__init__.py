@@ -119,8 +119,9 @@ class SourceConfig:
     text_field: str = "text"
     encoding: str = "utf-8"  # of text files
     group_field: str | None = None  # records that follow each other with the same value here become one document
-    path_field: str = "path"  # of such records: what stands in their headers
-    file_header: str = "==> {path} <==\n"  # above each file of a repository, and each record of a group
+    files_field: str | None = None  # a list of the files of a repository: text_field and path_field are each one's
+    path_field: str = "path"  # of the records of a group, or of such files: what stands in their headers
+    file_header: str = "==> {path} <==\n"  # above each of them, and each file of a repository
     file_suffixes: list[str] = field(default_factory=list)  # of a repository's files that are read; empty: all text
     file_order: FileOrder = FileOrder.path  # of a repository's files, and of the records of a group
     token_field: str | None = None  # in place of text_field: token ids, stored as they are, no end-of-text token added

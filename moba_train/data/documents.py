@@ -36,7 +36,7 @@ import pyarrow
 
 from moba_train.config import SourceConfig, SourceFormat
 from moba_train.data import mds, repositories
-from moba_train.data.formats import Record, read_arrow, read_hub, read_jsonl, read_parquet, read_text
+from moba_train.data.formats import Record, join, read_arrow, read_hub, read_jsonl, read_parquet, read_text
 
 COMPRESSED = (".gz", ".xz", ".zst")
 # The files that a folder is searched for; a glob names others.
@@ -206,12 +206,12 @@ def _joined(source: SourceConfig, records: Iterator[Record]) -> Iterator[Record]
             yield record
             continue
         if last is not None and (record.group is None or record.group != last.group):
-            yield last._replace(text=repositories.join(source, texts))
+            yield last._replace(text=join(source, texts))
             texts = []
         texts.append((record.path, record.text))
         last = record
     if last is not None:
-        yield last._replace(text=repositories.join(source, texts))
+        yield last._replace(text=join(source, texts))
 
 
 def _plain_name(path: Path) -> str:

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from moba_train.config import SourceConfig
+from moba_train.config import FileOrder, SourceConfig
+from moba_train.data.imports import imports_first
 
 ROWS_AT_ONCE = 64  # of a Parquet file: long documents make big rows
 
@@ -151,6 +152,8 @@ def hub_arguments(source: SourceConfig) -> tuple[str, dict[str, Any]]:
 
 def fields_of(source: SourceConfig) -> list[str]:
     """The fields to read, that of the text or the token ids first."""
+    if source.files_field:
+        return [source.files_field]
     grouped = [source.group_field, source.path_field] if source.group_field else []
     return [field for field in (source.token_field or source.text_field, *grouped) if field]
 
@@ -158,6 +161,13 @@ def fields_of(source: SourceConfig) -> list[str]:
 def _record(source: SourceConfig, row: int, values: list[Any], where: str, share: float) -> Record:
     """``values`` of `fields_of`, in its order."""
     content, group, path = [*values, None, None][:3]
+    if source.files_field:
+        try:
+            files = [(str(file[source.path_field]), file[source.text_field]) for file in content]
+            return Record(0, row, join(source, sorted(file for file in files if file[1] is not None)), "", share)
+        except (TypeError, KeyError) as error:
+            fix = f"of files with {source.path_field!r} and {source.text_field!r}"
+            return Record(0, row, None, f"{where}: {source.files_field!r} is no list {fix} ({error})", share)
     if source.token_field:
         try:
             return Record(0, row, "", "", share, tokens=token_ids(content))
@@ -170,6 +180,17 @@ def _record(source: SourceConfig, row: int, values: list[Any], where: str, share
     except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair
         return Record(0, row, None, f"{where} is not Unicode text ({error.reason})", share)
     return Record(0, row, content, "", share, None if group is None else str(group), str(path or ""))
+
+
+def join(source: SourceConfig, named_texts: list[tuple[str, str]]) -> str:
+    """The files of a repository, (path, text), as one text: in their order or in import order, each under the source's
+    header and with the line end that the next header needs."""
+    if source.file_order is FileOrder.imports:
+        named_texts = imports_first(named_texts)
+    return "".join(
+        source.file_header.replace("{path}", path) + text + ("" if text.endswith("\n") else "\n")
+        for path, text in named_texts
+    )
 
 
 def token_ids(values: Any) -> np.ndarray:
@@ -195,7 +216,7 @@ def check_fields(
 
 
 def _no_field(field: str, source: SourceConfig, where: Path | str, fields: Iterable[str]) -> ValueError:
-    settings = {source.text_field: "text_field", source.token_field: "token_field", source.span_field: "span_field"}
+    settings = {getattr(source, name): name for name in ("text_field", "token_field", "span_field", "files_field")}
     setting = settings.get(field, "group_field and path_field")
     return ValueError(
         f"source {source.name!r}: {where} has no field {field!r} but {', '.join(map(repr, fields))}; "

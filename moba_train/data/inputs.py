@@ -57,10 +57,10 @@ def describe(source: SourceConfig) -> dict[str, Any]:
         about |= {"token_field": source.token_field, "span_field": source.span_field}
     else:
         about["text_field"] = source.text_field
-    if source.group_field:
-        about |= {"group_field": source.group_field, "path_field": source.path_field}
-        about["file_header"] = source.file_header
-    if source.group_field or source.format is SourceFormat.repository:
+    if source.group_field or source.files_field:
+        fields = {"group_field": source.group_field, "files_field": source.files_field, "path_field": source.path_field}
+        about |= {**fields, "file_header": source.file_header}
+    if source.group_field or source.files_field or source.format is SourceFormat.repository:
         about["file_order"] = source.file_order.value
     if source.max_tokens is not None:
         about["max_tokens"] = source.max_tokens
@@ -89,7 +89,7 @@ def check_tokenizer(source: SourceConfig, tokenizer: Tokenizer) -> None:
         raise ValueError(f"{name} has span_field={source.span_field}, which format mds alone has: unset it")
     if not source.tokenizer:
         raise ValueError(f"{name} has token ids (token_field={source.token_field}): set its tokenizer, that made them")
-    if load_tokenizer(source.tokenizer).text_sha256 != tokenizer.text_sha256:
+    if load_tokenizer(source.tokenizer).text_sha256() != tokenizer.text_sha256():
         raise ValueError(
             f"{name} holds token ids of {source.tokenizer}, and the model's tokenizer {tokenizer.path} gives others: "
             "take a model with that tokenizer, or a source of texts"

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from moba_train.config import FileOrder, SourceConfig
-from moba_train.data.formats import Record
-from moba_train.data.imports import imports_first
+from moba_train.config import SourceConfig
+from moba_train.data.formats import Record, join
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 MOST_BYTES = 1 << 20  # of a file
@@ -46,17 +45,6 @@ def read(source: SourceConfig, path: Path) -> Iterator[Record]:
     found = _without_top([(PurePosixPath(name), text) for name, text in _text_files(source, path)])
     found.sort(key=lambda file: file[0].parts)
     yield Record(0, 0, join(source, [(name.as_posix(), text) for name, text in found]))
-
-
-def join(source: SourceConfig, named_texts: list[tuple[str, str]]) -> str:
-    """The files of a repository, (path, text), as one text: in their order or in import order, each under the source's
-    header and with the line end that the next header needs."""
-    if source.file_order is FileOrder.imports:
-        named_texts = imports_first(named_texts)
-    return "".join(
-        source.file_header.replace("{path}", path) + text + ("" if text.endswith("\n") else "\n")
-        for path, text in named_texts
-    )
 
 
 def _text_files(source: SourceConfig, path: Path) -> Iterator[tuple[str, str]]:

@@ -28,7 +28,7 @@ class Tokenizer:
     ``<|endoftext|>`` cannot end itself.
 
     ``sha256`` is of what decides the ids in the tokenizer's own JSON, so that a file, its compressed copy and a folder
-    with it agree. ``text_sha256`` leaves out the special tokens, which no text becomes: Llama 3 and 3.1 agree in it.
+    with it agree.
 
     ``source`` is what transformers loaded, where it did: ``save`` writes it as it was.
     """
@@ -44,11 +44,18 @@ class Tokenizer:
         self.path = path
         self.source = source
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        content = json.loads(backend.to_str())
-        del content["post_processor"]  # adds special tokens: not used here, and set anew by some loaders
-        self.sha256 = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        del content["added_tokens"]
-        self.text_sha256 = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        # The post-processor adds special tokens: not used here, and set anew by some loaders.
+        self.sha256 = self._sha256_without("post_processor")
+
+    def text_sha256(self) -> str:
+        """Of what decides the ids of texts. No text becomes a special token, so Llama 3 and 3.1 agree in it."""
+        return self._sha256_without("post_processor", "added_tokens")
+
+    def _sha256_without(self, *parts: str) -> str:
+        content = json.loads(self.backend.to_str())
+        for part in parts:
+            del content[part]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """One uint32 array of ids a text."""

@@ -67,6 +67,8 @@ def load_locally(folder: Path) -> Callable[..., Any]:
     ):
         place = folder / str(next(serial))
         place.mkdir()
+        if path == "HuggingFaceCode/stack-v3-train":
+            return load_repositories(load, place)
         known = SCHEMAS[data_files[split] if data_files else path]
         rows = [{"text": text} | {column: f"{column} of it" for column in known} for text in some_texts(60)]
         if data_files:
@@ -82,6 +84,24 @@ def load_locally(folder: Path) -> Callable[..., Any]:
         return load(str(place), name, split=split, streaming=True)
 
     return loaded
+
+
+def load_repositories(load: Callable[..., Any], place: Path) -> Any:
+    """30 repositories of two files, in rows as The Stack v3 has them."""
+    rows = [
+        {
+            "repo_path": f"owner/{repo}",
+            "commit_id": "0",
+            "num_files": 2,
+            "files": [
+                {"content_id": "1", "content": text, "file_path": f"{file}.py", "language": "Python"}
+                for file, text in zip("ab", some_texts(2), strict=True)
+            ],
+        }
+        for repo in range(30)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), place / "train.parquet")
+    return load(str(place), split="train", streaming=True)
 
 
 def composed(name: str) -> Config:
@@ -152,7 +172,7 @@ def test_ready_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
         assert sum(pool.share for pool in long) == pytest.approx(0.6, abs=0.02)
         assert mix.full_share == pytest.approx(0.6, abs=0.02)  # theirs are rows of one document
     for source in config.data.train:
-        if source.group_field or source.format is SourceFormat.repository:
+        if source.group_field or source.files_field or source.format is SourceFormat.repository:
             assert by_source[source.name]["records"] == 30  # repositories, of 60 files
 
 

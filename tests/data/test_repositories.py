@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moba_train.config import SourceConfig, SourceFormat
+from moba_train.config import FileOrder, SourceConfig, SourceFormat
 from moba_train.data.documents import find_files, read_documents, read_records
 from moba_train.data.repositories import MOST_BYTES
 
@@ -146,4 +146,29 @@ def test_records_of_one_repository_are_joined(tmp_path: Path, kind: str) -> None
         assert [later.text for later in rest] == JOINED[at + 1 :]
     config.group_field = "repository"
     with pytest.raises(ValueError, match=r"has no field 'repository' but .*; set the source's group_field and path_fi"):
+        texts(config)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub"])
+def test_records_that_are_repositories(tmp_path: Path, kind: str) -> None:
+    files = [
+        {"path": "b.py", "content": "b = 2"},
+        {"path": "a.py", "content": "import b\n"},
+        {"path": "c", "content": None},
+    ]
+    rows = [{"repo": "x", "files": files}, {"repo": "empty", "files": []}]
+    if kind == "jsonl":
+        bad = [{"files": [{"content": "no path"}]}, {"files": 3}, {"files": [{"path": "a", "content": 7}]}]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + bad))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    config = SourceConfig(name="code", format=SourceFormat(kind), path=str(tmp_path), text_field="content")
+    config.files_field = "files"
+    found = list(read_records(config, find_files(config)))
+    assert [one.text for one in found[:2]] == ["==> a.py <==\nimport b\n==> b.py <==\nb = 2\n", ""]
+    assert all("'files' is no list of files with 'path' and 'content'" in one.problem for one in found[2:])
+    config.file_order = FileOrder.imports
+    assert next(read_records(config, find_files(config))).text == "==> b.py <==\nb = 2\n==> a.py <==\nimport b\n"
+    config.files_field = "content"
+    with pytest.raises(ValueError, match=r"has no field 'content' but .*; set the source's files_field"):
         texts(config)
