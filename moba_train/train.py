@@ -22,6 +22,7 @@ from moba_train.cost import DecoderShape, StepCost, step_cost
 from moba_train.data.loader import Batch, RowLoader, heldout_batches
 from moba_train.data.mix import stage_mix
 from moba_train.data.store import TokenStore
+from moba_train.data.survey import describe_draws, source_draws
 from moba_train.data.tokens import prepare_store
 from moba_train.evaluate.position_loss import position_loss
 from moba_train.export import export
@@ -203,7 +204,7 @@ def enter(run: Run, stage: Stage) -> None:
     say(
         run,
         f"stage {stage.name}: steps {stage.first_step}-{stage.end_step}, context {stage.context_length}, "
-        f"{stage.describe()}, {_packing(run.loader)}",
+        f"{stage.describe()}, {_packing(run, rows_per_step * stage.steps)}",
     )
     run.throughput.restart()
 
@@ -357,9 +358,13 @@ def _check_stores(state: dict[str, Any], *stores: TokenStore) -> None:
             )
 
 
-def _packing(loader: RowLoader) -> str:
-    mix = loader.mix
-    return f"{len(mix.rows)} rows an epoch, {100 * mix.full_share:.0f} % of those drawn one whole document part"
+def _packing(run: Run, rows: int) -> str:
+    """What a stage of so many rows draws."""
+    mix = run.loader.mix
+    return (
+        f"{len(mix.rows)} rows an epoch, {100 * mix.full_share:.0f} % of those drawn one whole document part, "
+        f"{100 * mix.padding_share:.1f} % padding; {describe_draws(source_draws(run.store, mix, rows))}"
+    )
 
 
 def _due(step: int, every: int) -> bool:

@@ -85,11 +85,11 @@ def print_stage(
         f"{mix.full_share:.1%} of them one full-length segment, {mix.padding_share:.2%} padding",
     )
     if mix.padding_share > MOST_PADDING:
-        _line(
-            console,
-            f"[yellow]more than {MOST_PADDING:.0%} padding:[/] there are too few short pieces to fill rows with; set "
-            f"{key}.full_rows=1 to drop such rows, or add shorter documents",
-        )
+        why = f"of {len(mix.rows):,} rows in {len(mix.pools)} pools, each pool's last is not full: add documents"
+        if settings.most_padding > MOST_PADDING:
+            why = f"{key}.most_padding={settings.most_padding} keeps documents whole: lower it"
+        drop = f"or set {key}.full_rows=1 to drop rows that are not one document"
+        _line(console, f"[yellow]more than {MOST_PADDING:.0%} padding:[/] {why}, {drop}")
     table = Table()
     _columns(table, "source", "tokens drawn", "share", "epochs")
     for draw in draws:

@@ -73,20 +73,26 @@ def _own_path(path: str) -> str:
     return str(Path("embedded", Path(path).relative_to(root))) if Path(path).is_relative_to(root) else path
 
 
-def check_tokenizer(source: SourceConfig, tokenizer: Tokenizer) -> None:
+def check_source(source: SourceConfig, tokenizer: Tokenizer) -> None:
     """
     Raises:
-        ValueError: the source's token ids are of another tokenizer, or its settings do not go together.
+        ValueError: settings that do not go together, or token ids of another tokenizer.
     """
     name = f"source {source.name!r}"
+    records = source.format not in (SourceFormat.text, SourceFormat.repository)
+    kinds = [field for field in ("group_field", "files_field", "token_field") if getattr(source, field)]
+    if len(kinds) > 1 or (kinds and not records):
+        raise ValueError(
+            f"{name} has {' and '.join(kinds)}: each is of records, and of the three there is one: unset it"
+        )
+    if source.format is SourceFormat.mds and kinds not in ([], ["token_field"]):
+        raise ValueError(f"{name} has {kinds[0]}={getattr(source, kinds[0])}, which format mds has not: unset it")
+    if source.span_field and not (source.token_field and source.format is SourceFormat.mds):
+        raise ValueError(
+            f"{name} has span_field={source.span_field}, for the token_field of format mds alone: unset it"
+        )
     if not source.token_field:
         return
-    if source.format in (SourceFormat.text, SourceFormat.repository) or source.group_field:
-        raise ValueError(
-            f"{name} has token_field={source.token_field}, which needs records, and no group_field: unset it"
-        )
-    if source.span_field and source.format is not SourceFormat.mds:
-        raise ValueError(f"{name} has span_field={source.span_field}, which format mds alone has: unset it")
     if not source.tokenizer:
         raise ValueError(f"{name} has token ids (token_field={source.token_field}): set its tokenizer, that made them")
     if load_tokenizer(source.tokenizer).text_sha256() != tokenizer.text_sha256():

@@ -73,3 +73,8 @@ def source_draws(store: TokenStore, mix: Mix, rows: int) -> Sequence[SourceDraw]
         )
         for index in np.flatnonzero(per_row)
     ]
+
+
+def describe_draws(draws: Sequence[SourceDraw]) -> str:
+    """``code 30 % (0.4 epochs), books 70 % (1.2 epochs)``."""
+    return ", ".join(f"{draw.name} {100 * draw.share:.0f} % ({draw.epochs:.2g} epochs)" for draw in draws)

@@ -58,7 +58,7 @@ def prepare_store(data: DataConfig, tokenizer_path: str, progress: bool = True) 
         return folder
     for group in inputs.GROUPS:
         for source in getattr(data, group):
-            inputs.check_tokenizer(source, tokenizer)
+            inputs.check_source(source, tokenizer)
     found = {group: [(source, find_files(source)) for source in getattr(data, group)] for group in inputs.GROUPS}
     try:
         Path(data.store_dir).mkdir(parents=True, exist_ok=True)

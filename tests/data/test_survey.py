@@ -11,7 +11,7 @@ import pytest
 from moba_train.config import MixConfig
 from moba_train.data.mix import build_mix
 from moba_train.data.store import StoreWriter, TokenStore
-from moba_train.data.survey import LONG, holdings, source_draws
+from moba_train.data.survey import LONG, describe_draws, holdings, source_draws
 
 
 @pytest.fixture
@@ -45,3 +45,4 @@ def test_source_draws_are_what_is_drawn(store: TokenStore) -> None:
     assert (a.share, b.share) == (pytest.approx(0.2), pytest.approx(0.8))
     assert (a.tokens, b.tokens) == (pytest.approx(drawn[0], rel=0.03), pytest.approx(drawn[1], rel=0.03))
     assert (a.epochs, b.epochs) == (pytest.approx(a.tokens / 16384), pytest.approx(b.tokens / 40_007))
+    assert describe_draws([a, b]) == "a 20 % (5.9 epochs), b 80 % (9.7 epochs)"

@@ -378,6 +378,24 @@ def test_bad_input_leaves_no_store(tmp_path: Path) -> None:
         prepare_store(config(tmp_path, source), "missing.json")
 
 
+def test_bad_records_are_counted_and_too_many_stop(tmp_path: Path) -> None:
+    """One of 2,000 is in the manifest; three end the preparation, whose rest goes on once the file is mended."""
+    texts = [f"text {number}" for number in range(2000)]
+    source = jsonl(tmp_path / "a.jsonl", texts)
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write("{broken\n")
+    (about,) = prepared(config(tmp_path, source)).manifest["sources"]
+    assert (about["records"], about["bad"], about["documents"]) == (2001, 1, 2000)
+    assert about["first_bad"].startswith(f"{tmp_path}/a.jsonl line 2001 is not JSON")
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write("{broken\n" * 2)
+    data = config(tmp_path / "again", source)
+    with pytest.raises(ValueError, match=r"3 of 2003 records are bad, above 0\.1%; the first: .*line 2001 is not JSON"):
+        prepared(data)
+    jsonl(tmp_path / "a.jsonl", texts)
+    assert len(prepared(data)) == 2000
+
+
 def test_the_embedded_books(tmp_path: Path) -> None:
     train, heldout = (SourceConfig(name=split, path=str(DATA / "books" / split)) for split in ("train", "heldout"))
     assert len(find_files(train)) == 16
