@@ -8,8 +8,11 @@ before its files. A kill at any point leaves at most ``.partial`` folders, which
     step_00000100/
       engine/…          DeepSpeed's own files: parameters, optimizer state
       rank_00000.json   a rank's random-number generators
-      state.json        step, content of the token stores, times
+      state.json        step, content of the token stores, times, and the layout of the engine's files
       manifest.json     size and SHA-256 of each of these
+
+The engine's files are laid out by rank and ZeRO stage. A run that goes on with others converts them, once, into a
+``step_00000100.universal`` beside the checkpoint, by the same protocol; the next save removes it.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import os
 import random
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +33,13 @@ import torch
 import torch.distributed as dist
 
 from moba_train import durable
+from moba_train.parallel import universal
 from moba_train.runtime import Runtime, log
 
 _NAME = re.compile(r"step_(\d{8,})")
 _TAG = "engine"
+_UNIVERSAL = ".universal"  # ending of a converted checkpoint's name
+_POLL_SECONDS = 0.5
 _WRITER_ERROR = re.compile("PytorchStreamWriter|unexpected pos")  # how torch.save's RuntimeError tells of a full disk
 
 
@@ -59,7 +66,7 @@ def save(folder: Path, engine, state: dict[str, Any], keep: int, runtime: Runtim
         _write_json(partial / f"rank_{runtime.rank:05d}.json", _random_state())
         dist.barrier()
         if runtime.is_main:
-            _write_json(partial / "state.json", state)
+            _write_json(partial / "state.json", {**state, "layout": _layout(engine, runtime)})
             _write_json(partial / "manifest.json", _manifest(partial))
             _flush_tree(partial)
             _commit(partial, final, keep)
@@ -68,10 +75,9 @@ def save(folder: Path, engine, state: dict[str, Any], keep: int, runtime: Runtim
         if isinstance(error, RuntimeError) and not _WRITER_ERROR.search(str(error)):
             raise  # out of memory, or another rank is gone
         shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"checkpoint {final} could not be written ({why}): the ones before it stand; make room, or mend the disk, "
-            f"and go on with run.resume=auto"
+            f"checkpoint {final} could not be written ({_reason(error)}): the ones before it stand; make room, or mend "
+            f"the disk, and go on with run.resume=auto"
         ) from error
     return final
 
@@ -86,7 +92,7 @@ def _commit(partial: Path, final: Path, keep: int) -> None:
     committed = list_checkpoints(folder)
     here = committed.index(final) + 1
     # Those of later steps were damaged and passed over, like one of this very step.
-    for old in committed[: max(0, here - keep)] + committed[here:]:
+    for old in committed[: max(0, here - keep)] + committed[here:] + list(folder.glob(f"step_*{_UNIVERSAL}")):
         _remove(old)
 
 
@@ -132,29 +138,18 @@ def newest_for_all(folder: Path, runtime: Runtime) -> Path | None:
     """``newest_whole`` of rank 0, on every rank; the files are read once.
 
     Raises:
-        CheckpointError: there are checkpoints and none is whole, or it was made by another number of processes.
+        CheckpointError: there are checkpoints and none is whole.
     """
     found: list[Any] = [None]
     if runtime.is_main:
         try:
-            newest = newest_whole(folder)
-            if newest:
-                _check_ranks(newest, runtime)
-            found = [newest]
+            found = [newest_whole(folder)]
         except CheckpointError as error:
             found = [error]
     dist.broadcast_object_list(found, src=0, device=runtime.device)
     if isinstance(found[0], CheckpointError):
         raise found[0]
     return found[0]
-
-
-def _check_ranks(path: Path, runtime: Runtime) -> None:
-    ranks = len(list(path.glob("rank_*.json")))
-    if ranks != runtime.world_size:
-        raise CheckpointError(
-            f"{path} was saved by {ranks} processes and this run has {runtime.world_size}: set launch.processes={ranks}"
-        )
 
 
 def verify(path: Path) -> None:
@@ -187,12 +182,69 @@ def load(path: Path, engine, runtime: Runtime) -> None:
     """Restore engine and random-number generators from a checkpoint of ``newest_for_all``; all ranks call it.
 
     Raises:
-        CheckpointError: DeepSpeed finds nothing to load in it.
+        CheckpointError: DeepSpeed finds nothing to load in it, or it cannot be converted to this run's layout.
     """
-    loaded, _ = engine.load_checkpoint(str(path), tag=_TAG)
-    if loaded is None:
-        raise CheckpointError(f"{path / _TAG} holds nothing that DeepSpeed can load")
-    _restore_random_state(json.loads((path / f"rank_{runtime.rank:05d}.json").read_text()))
+    made, wanted = read_state(path)["layout"], _layout(engine, runtime)
+    if made == wanted:
+        loaded, _ = engine.load_checkpoint(str(path), tag=_TAG)
+        if loaded is None:
+            raise CheckpointError(f"{path / _TAG} holds nothing that DeepSpeed can load")
+    else:
+        if runtime.is_main:
+            log.info("%s was saved by %s; this run is %s: converting", path, _words(made), _words(wanted))
+        universal.load(_converted(path, made, engine, runtime), _TAG, engine)
+    generators = sorted(path.glob("rank_*.json"))
+    # A rank that the checkpoint does not know draws as another one did: ranks start alike too.
+    _restore_random_state(json.loads(generators[runtime.rank % len(generators)].read_text()))
+
+
+def _layout(engine, runtime: Runtime) -> dict[str, Any]:
+    """What the engine's files depend on. DeepSpeed is not told of sequence parallelism, so they do not on that."""
+    return {
+        "processes": runtime.world_size,
+        "zero_stage": engine.zero_optimization_stage(),
+        "optimizer": type(engine.basic_optimizer).__name__,
+    }
+
+
+def _words(layout: dict[str, Any]) -> str:
+    return f"{layout['processes']} processes at ZeRO {layout['zero_stage']} with {layout['optimizer']}"
+
+
+def _converted(path: Path, made: dict[str, Any], engine, runtime: Runtime) -> Path:
+    """The universal form of ``path``, made by rank 0 unless it is there; it takes minutes where a model is large."""
+    final = path.with_name(path.name + _UNIVERSAL)
+    if runtime.is_main and final.exists():
+        try:
+            verify(final)
+        except CheckpointError:
+            _remove(final)
+    dist.barrier()
+    if not runtime.is_main:
+        while not final.exists():  # no collective, which would time out; where rank 0 fails, the launcher ends all
+            time.sleep(_POLL_SECONDS)
+        return final
+    if not final.exists():
+        partial = _partial(final)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            universal.convert(path / _TAG, partial / _TAG, made["zero_stage"], engine.module)
+            shutil.copy(path / "state.json", partial)
+            _write_json(partial / "manifest.json", _manifest(partial))
+            _flush_tree(partial)
+            os.rename(partial, final)
+            durable.flush(final.parent)
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(
+                f"{path} could not be converted ({_reason(error)}): it stands; make room, or go on with {_words(made)}"
+            ) from error
+    return final
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _random_state() -> dict[str, Any]:

@@ -28,6 +28,11 @@ RESUMABLE = (
     "launch.",
     "checkpoint.",
     "train.log_every",
+    "train.sequence_parallel_size",
+    "train.zero_stage",
+    "train.offload.",
+    "train.micro_batch_tokens",
+    "train.activation_checkpointing",
     "train.profile_steps",
     "position_loss.log_every",
 )

@@ -17,7 +17,8 @@ FLOORS = [
     "layers offload",
     "runtime cost loss rope optimizer data resolved validate hf_attention recompute key_conv_folder",
     "schedule tracking model metrics fetch observe profiler",
-    "batch parallel checkpoint export summary report",
+    "batch parallel export summary report",
+    "checkpoint",
     "assemble evaluate preflight plan bench",
     "train",
     "worker",
@@ -29,7 +30,7 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.s
 
 # What may import them, beside the floors: seams that keep a heavy or an awkward library in one place.
 ONLY = {
-    "deepspeed": {"parallel.engine", "parallel.sequence", "export"},
+    "deepspeed": {"parallel.engine", "parallel.sequence", "parallel.universal", "export"},
     "hydra": {"commands.compose", "commands.train"},
     "wandb": {"tracking"},
 }
@@ -89,7 +90,8 @@ def test_libraries_that_live_in_one_place(library: str) -> None:
 
 def test_settings_are_checked_without_torch() -> None:
     """A mistyped key must not wait for torch: nothing that the command line imports at its top may need it."""
-    of_ranks = {"parallel.engine", "parallel.sequence", "parallel.probe"}  # the last, where GPUs are to be counted
+    of_ranks = {"parallel.engine", "parallel.sequence", "parallel.universal"}
+    of_ranks |= {"parallel.probe"}  # where GPUs are to be counted
     launching = [name for name in modules() if name.startswith("parallel.") and name not in of_ranks]
     for module in ("config", "validate", "resolved", "redact", "embedded", "commands.compose", *launching):
         names = {name.split(".")[0] for name in imports(modules()[module])}

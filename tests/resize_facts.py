@@ -1,0 +1,112 @@
+"""Runs that go on with other sizes: what a checkpoint held, what was made of it, and the steps that followed.
+
+    python resize_facts.py RESOLVED CASES FOLDER    # CASES: a JSON list of {"name", "train": {}, "source", "precision"}
+
+A script for every rank. Each case is a run in FOLDER/<name>, from step 0 or from the step-2 checkpoint of ``source``,
+the name of an earlier case. Rank 0 writes FOLDER/<name>.pt.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from moba_train import resolved, train
+from moba_train.config import Config, Precision
+from moba_train.metrics_file import read_rows
+from moba_train.runtime import finish, start
+
+SAVED = 2  # the step whose checkpoint is gone on from
+
+
+def engine_state(engine) -> dict[str, torch.Tensor]:
+    """Every parameter and moment, whole, in fp32, and the count of steps of each; all ranks call it."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    found: dict[str, torch.Tensor] = {}
+    sharded = engine.zero_optimization_stage() > 0
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        # ZeRO 1 and 2 look for the moments before the first step, when torch's AdamW has none, and not again.
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in engine.module.named_parameters():
+        if sharded:
+            found[name] = safe_get_full_fp32_param(parameter)
+        else:
+            found[name] = parameter.detach()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if sharded:
+                found[f"{name} {moment}"] = safe_get_full_optimizer_state(parameter, moment)
+            else:
+                found[f"{name} {moment}"] = engine.optimizer.state[parameter][moment]
+    base = engine.optimizer.optimizer if sharded else engine.optimizer
+    steps = {float(state["step"]) for state in base.state.values()}
+    assert len({id(state["step"]) for state in base.state.values()}) == len(base.state), "each counts for itself"
+    found["step"] = torch.tensor(sorted(steps))
+    found["weight_decay"] = torch.tensor([group["weight_decay"] for group in base.param_groups])
+    return {name: value.clone() for name, value in found.items()}
+
+
+def facts(run: train.Run) -> dict:
+    """Train to the end, and watch."""
+    found: dict = {"begun": engine_state(run.engine) if run.step else None}
+    rows: dict[int, list[torch.Tensor]] = {}
+    save, model_inputs = train.save, train.model_inputs
+
+    def watched_save(run: train.Run) -> None:
+        if run.step == SAVED:
+            found["saved"] = engine_state(run.engine)
+        save(run)
+
+    def watched_inputs(batch, runtime):
+        if runtime.sequence_parallel_rank == 0:
+            rows.setdefault(run.step, []).append(batch.input_ids)
+        return model_inputs(batch, runtime)
+
+    train.save, train.model_inputs = watched_save, watched_inputs
+    train.train(run)
+    train.save, train.model_inputs = save, model_inputs
+    shares: list = [None] * run.runtime.world_size
+    dist.all_gather_object(shares, rows)
+    found["tokens"] = {
+        step: hashlib.sha256(torch.cat([r for share in shares for r in share.get(step, [])]).numpy()).hexdigest()
+        for step in rows
+    }
+    return found
+
+
+def main(config: Config, cases: list[dict], folder: Path) -> None:
+    runtime = start(config.launch)
+    for case in cases:
+        own = copy.deepcopy(config)
+        own.train = dataclasses.replace(own.train, **case["train"])
+        own.train.precision = Precision[case.get("precision", "fp32")]
+        where = folder / case["name"]
+        if runtime.is_main:
+            where.mkdir()
+            if case["source"]:
+                kept = f"checkpoints/step_{SAVED:08d}"
+                shutil.copytree(folder / case["source"] / kept, where / kept)
+                shutil.copy(folder / case["source"] / "metrics.jsonl", where)
+        dist.barrier()
+        run = train.build(
+            own, where, dataclasses.replace(runtime, sequence_parallel_size=own.train.sequence_parallel_size)
+        )
+        found = facts(run)
+        if runtime.is_main:
+            found["rows"] = [row for row in read_rows(where / "metrics.jsonl") if row["step"] > SAVED]
+            torch.save(found, folder / f"{case['name']}.pt")
+        run.engine.destroy()
+    finish()
+
+
+if __name__ == "__main__":
+    main(resolved.load(Path(sys.argv[1])), json.loads(sys.argv[2]), Path(sys.argv[3]))

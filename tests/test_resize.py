@@ -1,0 +1,111 @@
+"""Checkpoints across sizes: other ranks, ZeRO stages and sequence-parallel sizes go on from the same state.
+
+One start for each entry of ``STARTS``, in this order; a case goes on from one of an earlier start.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moba_train import resolved
+from moba_train.config import Config
+from moba_train.data.tokens import prepare_store
+from tiny import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+def case(source: str | None, ranks: int, zero_stage: int, size: int = 1, precision: str = "fp32") -> dict[str, Any]:
+    sizes = (
+        f"{ranks} ranks, ZeRO {zero_stage}" + f", in groups of {size}" * (size > 1) + ", bf16" * (precision != "fp32")
+    )
+    return {
+        "name": f"{source} to {sizes}" if source else sizes,
+        "source": source,
+        "train": {"zero_stage": zero_stage, "sequence_parallel_size": size},
+        "precision": precision,
+    }
+
+
+STARTS: list[tuple[int, list[dict[str, Any]]]] = [
+    (1, [case(None, 1, 0)]),
+    (
+        2,
+        [
+            *(case(None, 2, stage) for stage in (1, 2, 3)),
+            *(case(None, 2, stage, precision="bf16") for stage in (1, 3)),
+            case("1 ranks, ZeRO 0", 2, 0),
+            case("1 ranks, ZeRO 0", 2, 2),
+            case("1 ranks, ZeRO 0", 2, 3, 2),
+            case("2 ranks, ZeRO 1", 2, 2),
+            case("2 ranks, ZeRO 3", 2, 1),
+        ],
+    ),
+    (
+        4,
+        [
+            case("1 ranks, ZeRO 0", 4, 1),
+            case("2 ranks, ZeRO 1", 4, 3, 2),
+            case("2 ranks, ZeRO 2", 4, 2, 4),
+            case("2 ranks, ZeRO 3", 4, 3),
+            case("2 ranks, ZeRO 3", 4, 0),
+            case("2 ranks, ZeRO 1, bf16", 4, 3, precision="bf16"),
+            case("2 ranks, ZeRO 3, bf16", 4, 2, precision="bf16"),
+            case(None, 4, 1, 4),
+        ],
+    ),
+    (
+        1,
+        [
+            case("2 ranks, ZeRO 1", 1, 0),
+            case("2 ranks, ZeRO 3", 1, 2),
+            case("4 ranks, ZeRO 1, in groups of 4", 1, 0),
+        ],
+    ),
+]
+RESUMED = [one for _, cases in STARTS for one in cases if one["source"]]
+
+
+@pytest.fixture(scope="module")
+def facts(tiny_config_module: Config, tmp_path_factory) -> Callable[[str], dict]:
+    folder = tmp_path_factory.mktemp("resize")
+    config = copy.deepcopy(tiny_config_module)
+    config.train.tokens_per_step = 1024  # four rows of the second stage, one for each of four ranks
+    for stage in config.schedule.stages:
+        assert stage.tokens is not None
+        stage.tokens *= 2
+    (folder / resolved.FILE).write_text(resolved.to_yaml(config))
+    prepare_store(config.data, str(config.model.tokenizer), progress=False)
+    script = Path(__file__).with_name("resize_facts.py")
+
+    for ranks, cases in STARTS:
+        run_ranks([sys.executable, str(script), str(folder / resolved.FILE), json.dumps(cases), str(folder)], ranks)
+    return lambda name: torch.load(folder / f"{name}.pt")
+
+
+@pytest.mark.parametrize("one", RESUMED, ids=lambda one: one["name"])
+def test_a_run_goes_on_with_other_sizes(facts: Callable[[str], dict], one: dict[str, Any]) -> None:
+    before, after = facts(one["source"]), facts(one["name"])
+    assert after["begun"].keys() == before["saved"].keys() and len(after["begun"]) > 90
+    for name, value in before["saved"].items():
+        if name != "weight_decay":  # ZeRO 3 has more groups than two
+            assert torch.equal(after["begun"][name], value), name
+    assert sorted(set(after["begun"]["weight_decay"].tolist())) == sorted(set(before["saved"]["weight_decay"].tolist()))
+    assert after["tokens"] == {step: hash for step, hash in before["tokens"].items() if step >= 2}
+    rounding = 1e-6 if one["precision"] == "fp32" else 2e-3
+    for expected, got in zip(losses(before), losses(after), strict=True):
+        assert got == pytest.approx(expected, rel=rounding)
+
+
+def losses(facts: dict) -> list[dict[str, float]]:
+    kept = re.compile(r"(train|eval)/(loss|trailing_loss|gradient_norm|position_loss/\d+)|step|tokens")
+    return [{key: value for key, value in row.items() if kept.fullmatch(key)} for row in facts["rows"]]
