@@ -51,10 +51,11 @@ def save(folder: Path, engine, state: dict[str, Any], keep: int, runtime: Runtim
     """Commit a checkpoint of step ``state["step"]`` under ``folder``; keep the newest ``keep``. All ranks call it.
 
     Raises:
-        CheckpointError: it could not be written; the checkpoints before it stand.
+        CheckpointError: it could not be written, or the disk has no room for it; the checkpoints before it stand.
     """
     final = folder / f"step_{state['step']:08d}"
     partial = _partial(final)
+    _refuse_full_disk(folder, final, runtime)
     try:
         if runtime.is_main:
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -80,6 +81,22 @@ def save(folder: Path, engine, state: dict[str, Any], keep: int, runtime: Runtim
             f"the disk, and go on with run.resume=auto"
         ) from error
     return final
+
+
+def _refuse_full_disk(folder: Path, final: Path, runtime: Runtime) -> None:
+    """A save needs the room of the one before it: told on all ranks before anything is written."""
+    lacking: list[Any] = [None]
+    if runtime.is_main and (committed := list_checkpoints(folder)):
+        needed = sum(file.stat().st_size for file in committed[-1].rglob("*") if file.is_file())
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            lacking = [f"{free / 1e9:.3g} GB are free on its disk, and {committed[-1].name} took {needed / 1e9:.3g} GB"]
+    dist.broadcast_object_list(lacking, src=0, device=runtime.device)
+    if lacking[0]:
+        raise CheckpointError(
+            f"checkpoint {final} would not fit ({lacking[0]}): the ones before it stand; make room, and go on "
+            f"with run.resume=auto"
+        )
 
 
 def _commit(partial: Path, final: Path, keep: int) -> None:
@@ -184,14 +201,22 @@ def load(path: Path, engine, runtime: Runtime) -> None:
     Raises:
         CheckpointError: DeepSpeed finds nothing to load in it, or it cannot be converted to this run's layout.
     """
-    made, wanted = read_state(path)["layout"], _layout(engine, runtime)
+    made, wanted = read_state(path).get("layout"), _layout(engine, runtime)
+    if made is None:
+        raise CheckpointError(
+            f"{path} was saved by an older moba_train: finish the run with that, or start anew in another run.name"
+        )
     if made == wanted:
         loaded, _ = engine.load_checkpoint(str(path), tag=_TAG)
         if loaded is None:
             raise CheckpointError(f"{path / _TAG} holds nothing that DeepSpeed can load")
+    elif made["nvme"] or wanted["nvme"]:
+        raise CheckpointError(
+            f"{path} was saved with {_words(made)} and this run has {_words(wanted)}: DeepSpeed converts no state on "
+            f"NVMe. Go on with what it was saved with"
+        )
     else:
-        if runtime.is_main:
-            log.info("%s was saved by %s; this run is %s: converting", path, _words(made), _words(wanted))
+        log.info("%s was saved with %s; this run has %s: converting it", path, _words(made), _words(wanted))
         universal.load(_converted(path, made, engine, runtime), _TAG, engine)
     generators = sorted(path.glob("rank_*.json"))
     # A rank that the checkpoint does not know draws as another one did: ranks start alike too.
@@ -200,15 +225,17 @@ def load(path: Path, engine, runtime: Runtime) -> None:
 
 def _layout(engine, runtime: Runtime) -> dict[str, Any]:
     """What the engine's files depend on. DeepSpeed is not told of sequence parallelism, so they do not on that."""
+    stage = engine.zero_optimization_stage()
     return {
-        "processes": runtime.world_size,
-        "zero_stage": engine.zero_optimization_stage(),
-        "optimizer": type(engine.basic_optimizer).__name__,
+        "zero_stage": stage,
+        "partitions": runtime.world_size if stage else 1,
+        "nvme": bool(engine.zero_nvme_offload_optimizer()),
     }
 
 
 def _words(layout: dict[str, Any]) -> str:
-    return f"{layout['processes']} processes at ZeRO {layout['zero_stage']} with {layout['optimizer']}"
+    ranks = f" over {layout['partitions']} ranks" if layout["zero_stage"] else ""
+    return f"ZeRO {layout['zero_stage']}{ranks}{' on NVMe' if layout['nvme'] else ''}"
 
 
 def _converted(path: Path, made: dict[str, Any], engine, runtime: Runtime) -> Path:
@@ -238,7 +265,7 @@ def _converted(path: Path, made: dict[str, Any], engine, runtime: Runtime) -> Pa
         except (OSError, RuntimeError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
-                f"{path} could not be converted ({_reason(error)}): it stands; make room, or go on with {_words(made)}"
+                f"{path} could not be converted ({_reason(error)}); it stands: make room, or go on with {_words(made)}"
             ) from error
     return final
 

@@ -28,8 +28,12 @@ class Killed(BaseException):
 class Engine:
     """Two files, as DeepSpeed's engine writes them: straight to their place."""
 
-    def __init__(self, value: float = 0.0) -> None:
+    module = None
+
+    def __init__(self, value: float = 0.0, zero_stage: int = 1, nvme: bool = False) -> None:
         self.value = value
+        self.zero_optimization_stage = lambda: zero_stage
+        self.zero_nvme_offload_optimizer = lambda: nvme
 
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
         assert not save_latest
@@ -274,10 +278,80 @@ def test_damaged_checkpoints_do_not_count_as_kept(two: Path) -> None:
     assert names(two) == ["step_00000002"]
 
 
-def test_another_number_of_processes_is_refused(two: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"saved by 1 processes and this run has 2: set launch\.processes=1"):
-        checkpoint.newest_for_all(two, Runtime(0, 2, 0, torch.device("cpu")))
-    assert checkpoint.newest_for_all(two, RUNTIME) == two / "step_00000002"
+@pytest.fixture
+def conversions(monkeypatch) -> list[int]:
+    """Stands for DeepSpeed's universal checkpoint; lists the ZeRO stages that were converted from."""
+    seen: list[int] = []
+
+    def convert(source: Path, target: Path, zero_stage: int, module) -> None:
+        seen.append(zero_stage)
+        target.mkdir()
+        torch.save(torch.load(source / "model.pt"), target / "universal.pt")
+
+    def load(folder: Path, tag: str, engine: Engine) -> None:
+        engine.value = float(torch.load(folder / tag / "universal.pt")[0])
+
+    monkeypatch.setattr(checkpoint.universal, "convert", convert)
+    monkeypatch.setattr(checkpoint.universal, "load", load)
+    return seen
+
+
+def test_another_layout_is_converted_once(two: Path, conversions: list[int], caplog) -> None:
+    caplog.set_level("INFO", "moba_train")
+    converted = two / "step_00000002.universal"
+    for _ in range(2):
+        engine = Engine(zero_stage=3)
+        checkpoint.load(two / "step_00000002", engine, RUNTIME)
+        assert engine.value == 2
+    assert conversions == [1]
+    assert "was saved with ZeRO 1 over 1 ranks; this run has ZeRO 3 over 1 ranks: converting it" in caplog.text
+    checkpoint.verify(converted)
+    (converted / "engine" / "universal.pt").write_bytes(b"damaged")
+    checkpoint.load(two / "step_00000002", engine, RUNTIME)
+    assert conversions == [1, 1] and engine.value == 2
+    assert newest_step(two) == 2  # by the engine that saved it, as it is
+    save(two, 3)
+    assert names(two) == ["step_00000002", "step_00000003"]
+
+
+def test_unpartitioned_state_is_the_same_for_any_number_of_ranks(
+    tmp_path: Path, conversions: list[int], monkeypatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    two_ranks = Runtime(0, 2, 0, torch.device("cpu"))
+    for stage, expected in ((0, []), (1, [1])):
+        folder = tmp_path / str(stage)
+        path = checkpoint.save(folder, Engine(5, stage), {"step": 1}, 2, RUNTIME)
+        engine = Engine(zero_stage=stage)
+        checkpoint.load(path, engine, two_ranks)
+        assert engine.value == 5 and conversions == expected
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+def test_a_failed_conversion_leaves_the_checkpoint(two: Path, monkeypatch, error: Exception) -> None:
+    def fails(source: Path, target: Path, *_) -> None:
+        target.mkdir()
+        (target / "half.pt").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(checkpoint.universal, "convert", fails)
+    with pytest.raises(CheckpointError, match=r"could not be converted \(.+\); it stands: .* ZeRO 1 over"):
+        checkpoint.load(two / "step_00000002", Engine(zero_stage=2), RUNTIME)
+    assert names(two) == [".step_00000009.partial", "step_00000001", "step_00000002"]
+    assert newest_step(two) == 2
+
+
+def test_state_on_nvme_is_not_converted(two: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"saved with ZeRO 1 over 1 ranks and this run has ZeRO 1 .* on NVMe"):
+        checkpoint.load(two / "step_00000002", Engine(nvme=True), RUNTIME)
+
+
+def test_a_save_that_would_not_fit_is_refused_before_it_begins(two: Path, monkeypatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 500, 500))
+    with pytest.raises(CheckpointError, match=r"step_00000003 would not fit \(5e-07 GB are free .* step_00000002 took"):
+        save(two, 3)
+    assert names(two) == [".step_00000009.partial", "step_00000001", "step_00000002"]
+    assert newest_step(two) == 2
 
 
 def test_an_engine_that_loads_nothing_is_refused(two: Path, monkeypatch) -> None:

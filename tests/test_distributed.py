@@ -105,21 +105,29 @@ def test_the_export_is_whole_under_zero(run: Runs, zero_stage: int) -> None:
     assert all(torch.equal(tensor, got[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_checkpoint_of_two_processes_is_refused_by_one(run: Runs, tiny_config_module: Config, tmp_path: Path) -> None:
+def test_one_process_goes_on_from_a_checkpoint_of_two(run: Runs, tiny_config_module: Config, tmp_path: Path) -> None:
+    """As a user sees it; tests/test_resize.py goes through the sizes."""
     folder = tmp_path / "one"
-    shutil.copytree(run(2, 1) / "checkpoints", folder / "checkpoints")
-    done = run_worker(config_of(tiny_config_module, 1, 1), folder)
-    assert done.returncode == 2
-    assert "was saved by 2 processes" in done.stderr and "set launch.processes=2" in done.stderr
+    shutil.copytree(run(2, 1) / "checkpoints/step_00000002", folder / "checkpoints/step_00000002")
+    shutil.copy(run(2, 1) / "metrics.jsonl", folder)
+    done = run_worker(config_of(tiny_config_module, 1, 0), folder)
+    assert done.returncode == 0, done.stderr
+    assert "was saved with ZeRO 1 over 2 ranks; this run has ZeRO 0: converting it" in done.stderr
+    for expected, got in zip(losses(run(2, 1)), losses(folder), strict=True):
+        assert got == pytest.approx(expected, rel=1e-6)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        f"step_{step:08d}" for step in (2, 4, 6)
+    ]
 
 
 def test_an_error_of_all_ranks_is_told_once(run: Runs, tiny_config_module: Config, tmp_path: Path) -> None:
     folder = tmp_path / "three"
-    shutil.copytree(run(1, 0) / "checkpoints", folder / "checkpoints")
+    shutil.copytree(run(1, 0) / "checkpoints/step_00000002", folder / "checkpoints/step_00000002")
+    (folder / "checkpoints/step_00000002/state.json").unlink()
     done = run_worker(config_of(tiny_config_module, 2, 0), folder)
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if "error" in line.lower() or "Traceback" in line]
-    assert len(lines) == 1 and "was saved by 1 processes" in lines[0], done.stderr
+    assert len(lines) == 1 and "none of the 1 checkpoints" in lines[0], done.stderr
 
 
 FAULTY = """

@@ -62,7 +62,7 @@ def convert(source: Path, target: Path, zero_stage: int, module: nn.Module) -> N
 
 
 def load(folder: Path, tag: str, engine: Any) -> None:
-    """Give ``engine`` the parameters, moments and counters that ``convert`` wrote to ``folder/tag``. All ranks call it."""
+    """Give ``engine`` the parameters, moments and counters that ``convert`` wrote to ``folder/tag``; on all ranks."""
     if engine.zero_optimization_stage() == 0:
         _load_unpartitioned(folder / tag, engine)
         return
@@ -76,14 +76,8 @@ def load(folder: Path, tag: str, engine: Any) -> None:
     optimizer = engine.optimizer.optimizer
     for state in optimizer.state.values():
         if "step" in state:
-            state["step"] = _step_for(optimizer, state)
-
-
-def _step_for(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> torch.Tensor | int:
-    if not isinstance(optimizer, torch.optim.AdamW):
-        return int(state["step"])  # DeepSpeed's own
-    fused = optimizer.defaults["fused"] or optimizer.defaults["capturable"]
-    return state["step"].clone().to(state["exp_avg"].device if fused else "cpu")
+            device = state["exp_avg"].device if optimizer.defaults["fused"] else "cpu"
+            state["step"] = state["step"].clone().to(device)
 
 
 def _convert_partitioned(source: Path, target: Path) -> None:
