@@ -126,7 +126,7 @@ def test_an_error_of_all_ranks_is_told_once(run: Runs, tiny_config_module: Confi
     (folder / "checkpoints/step_00000002/state.json").unlink()
     done = run_worker(config_of(tiny_config_module, 2, 0), folder)
     assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if "error" in line.lower() or "Traceback" in line]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ") or "Traceback" in line]
     assert len(lines) == 1 and "none of the 1 checkpoints" in lines[0], done.stderr
 
 

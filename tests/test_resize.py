@@ -101,7 +101,7 @@ def test_a_run_goes_on_with_other_sizes(facts: Callable[[str], dict], one: dict[
             assert torch.equal(after["begun"][name], value), name
     assert sorted(set(after["begun"]["weight_decay"].tolist())) == sorted(set(before["saved"]["weight_decay"].tolist()))
     assert after["tokens"] == {step: hash for step, hash in before["tokens"].items() if step >= 2}
-    rounding = 1e-6 if one["precision"] == "fp32" else 2e-3
+    rounding = 1e-6 if one["precision"] == "fp32" else 1e-2  # ranks add up gradients in bf16
     for expected, got in zip(losses(before), losses(after), strict=True):
         assert got == pytest.approx(expected, rel=rounding)
 
