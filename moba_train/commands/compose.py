@@ -6,26 +6,40 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moba_train import embedded
 from moba_train.config import Config
+from moba_train.resolved import RESUMABLE
 
+_SWEPT = "MOBA_TRAIN_SWEPT"
 _LONGEST_NAME = 120  # of a sweep's run directory; file systems stop at 255 bytes
+
+
+_sweeps: list[Path] = []  # directories that Hydra has asked for
 
 
 def run_hydra(
     config_name: str, job: Callable[[DictConfig], object], arguments: list[str], schema: type[Config] = Config
-) -> None:
+) -> Path | None:
     """Compose ``configs/<config_name>.yaml`` with the overrides and call ``job``, once a point of a sweep.
+
+    With a launcher of Hydra's that starts the points elsewhere, ``job`` is pickled: nothing that it changes in this
+    process's memory comes back.
 
     Args:
         schema: ``Config``, or a verb's own with further settings.
+
+    Returns:
+        The directory of a sweep; None for a single run.
 
     Raises:
         ValueError: one line, for an override that cannot be read, an unknown key or config, or a wrong type.
@@ -38,6 +52,7 @@ def run_hydra(
     # Without this Hydra prints several lines of its own for each fault and ends the process.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     faults: list[ValueError] = []
+    _sweeps.clear()
 
     def guarded(composed: DictConfig) -> object:
         try:
@@ -47,6 +62,7 @@ def run_hydra(
             return None
 
     try:
+        _note_swept(overrides)
         hydra.main(version_base="1.3", config_path=str(embedded.folder("configs")), config_name=config_name)(guarded)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_one_line(error)) from None
@@ -55,20 +71,58 @@ def run_hydra(
         if "NoneType" not in str(error):
             raise
         raise ValueError("an override names a group that its stage does not have: give it in a recipe file") from None
+    except Exception as error:
+        if not type(error).__module__.startswith("submitit"):
+            raise
+        # A job that was cancelled, or that its machine ended: what it said last.
+        raise ValueError(f"a point of the sweep did not end: {str(error).strip().splitlines()[-1]}") from None
     if faults:
         raise faults[0]
+    return _sweeps[-1] if _sweeps else None
 
 
 def register(schema: type[Config] = Config) -> None:
-    """The schema ``base_config`` and the resolvers that the recipes use."""
+    """The schema ``base_config``."""
     ConfigStore.instance().store(name="base_config", node=schema)
-    OmegaConf.register_new_resolver("embedded", lambda path: str(embedded.folder("data") / path), replace=True)
-    OmegaConf.register_new_resolver("sweep_name", _sweep_name, replace=True)
 
 
-def _sweep_name(number: int, overrides: str) -> str:
+def _sweep_folder(directory: str, name: str | None, unnamed: str) -> str:
+    """The directory of a sweep, stable where ``run.name`` names it."""
+    folder = f"{directory}/{name or unnamed}"
+    _sweeps.append(Path(folder))
+    return folder
+
+
+def _sweep_point(number: int, tasks: ListConfig, name: str | None) -> str:
+    """A point's directory: what sets it apart, behind its number; without that in a named sweep, so that a longer one
+    finds it again."""
+    swept = os.environ.get(_SWEPT, "").split(",")
+    kept = [task for task in tasks if _key(task) in swept]
+    if not kept:  # a sweeper that takes its points from elsewhere
+        kept = [task for task in tasks if not f"{_key(task)}.".startswith(RESUMABLE)]
+    overrides = ",".join(kept) or "point"
     safe = re.sub(r"[^A-Za-z0-9._=,+-]", "-", overrides)
-    return f"{number}_{safe}"[:_LONGEST_NAME] if safe else str(number)
+    if name is None:
+        return f"{number}_{safe}"[:_LONGEST_NAME]
+    if safe == overrides and len(safe) <= _LONGEST_NAME:
+        return safe
+    return f"{safe[:_LONGEST_NAME]}-{sha256(overrides.encode()).hexdigest()[:8]}"
+
+
+def _note_swept(overrides: list[str]) -> None:
+    """Leave the keys that are given several values in the environment, which the points inherit wherever they run."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    os.environ[_SWEPT] = ",".join(override.key_or_group for override in parsed if override.is_sweep_override())
+
+
+def _key(task: str) -> str:
+    return task.partition("=")[0].lstrip("+~")
+
+
+# On import, since a sweep's point may be composed in another process that unpickles its job.
+OmegaConf.register_new_resolver("embedded", lambda path: str(embedded.folder("data") / path), replace=True)
+OmegaConf.register_new_resolver("sweep_folder", _sweep_folder, replace=True)
+OmegaConf.register_new_resolver("sweep_point", _sweep_point, replace=True)
 
 
 def _one_line(error: Exception) -> str:

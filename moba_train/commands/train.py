@@ -3,6 +3,8 @@
 moba-train train                                            the default recipe
 moba-train train experiment=hybrid_90_10 attention.top_k=4  a recipe, with a setting changed
 moba-train train --multirun attention.block_size=64,128     one run a value
+moba-train train --multirun run.name=widths run.resume=auto attention.block_size=64,128
+                                                            the same in runs/widths, to be gone on with
 moba-train train launch=local launch.gpus=8                 8 processes, a GPU each; or launch=hostfile, launch=slurm
 moba-train train launch.dry_run=true                        write the settings, print the exact command, start nothing
 moba-train train --cfg job                                  print every setting, run nothing
@@ -10,9 +12,12 @@ moba-train train --cfg job                                  print every setting,
 
 from __future__ import annotations
 
+import os
 import sys
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -20,6 +25,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from moba_train import resolved
+from moba_train.commands import sweep
 from moba_train.commands.compose import run_hydra
 from moba_train.config import Config
 from moba_train.parallel import launch, started
@@ -30,28 +36,33 @@ console = Console()
 
 
 def main(arguments: list[str]) -> int:
-    failures: list[int] = []
-    folders: list[Path] = []
-
-    def job(composed: DictConfig) -> float | None:
-        try:
-            folder, code = run_one(resolved.to_config(composed))
-            folders.append(folder)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            code = 2
-        if code:
-            failures.append(code)
-            return float("inf")  # the worst objective: a sweep goes on to its other points
-        return read_result(folder)["trailing_loss"] if (folder / "result.json").is_file() else None
-
-    run_hydra("train", job, arguments)
-    if len(folders) > 1 and any((folder / "result.json").is_file() for folder in folders):
+    codes: list[int] = []  # of a single run; the points of a sweep may run elsewhere
+    os.environ[sweep.STARTED] = uuid4().hex
+    folder = run_hydra("train", partial(point, codes), arguments)
+    if folder is None or not folder.is_dir():
+        return codes[0] if codes else 0
+    if len(list(folder.glob("*/result.json"))) > 1:
         from moba_train import report
 
-        page = report.build(folders[0].parent)
-        say(f"sweep report: {page}")
-    return failures[0] if failures else 0
+        say(f"sweep report: {report.build(folder)}")
+    return sweep.exit_code(folder)
+
+
+def point(codes: list[int], composed: DictConfig) -> float | None:
+    """A single run, or a point of a sweep: its trailing loss, the sweepers' objective; None where there is none yet."""
+    hydra = HydraConfig.get()
+    error: str | None = None
+    try:
+        folder, code = run_one(resolved.to_config(composed))
+    except ValueError as refusal:
+        error, code = str(refusal), 2
+        print(f"error: {error}", file=sys.stderr)
+    codes.append(code)
+    if hydra.mode is RunMode.MULTIRUN:
+        sweep.note(Path(hydra.sweep.dir), hydra.job.num, code, error)
+    if code:
+        return float("inf")  # the worst objective: a sweep goes on to its other points
+    return read_result(folder)["trailing_loss"] if (folder / "result.json").is_file() else None
 
 
 def run_one(config: Config) -> tuple[Path, int]:

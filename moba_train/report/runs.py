@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -58,8 +57,11 @@ class Run:
 
     @property
     def overrides(self) -> str:
-        """What a multirun changed for this run: its directory's name behind the number; empty for a single run."""
+        """What a multirun changed for this run: its directory's name behind the number, all of it in a named sweep;
+        empty for a single run."""
         match = re.fullmatch(r"\d+_(.+)", self.path.name)
+        if match is None and (self.path.parent / "multirun.yaml").is_file():
+            return self.path.name
         return match[1] if match else ""
 
     @property
@@ -174,7 +176,7 @@ class Run:
 
 
 def read_runs(paths: list[Path]) -> list[Run]:
-    """Every run at or directly below ``paths``; a multirun's in the order of their numbers.
+    """Every run at or directly below ``paths``; a multirun's in the order of the numbers in their names.
 
     Raises:
         ValueError: a path that does not exist or holds no run
@@ -186,7 +188,7 @@ def read_runs(paths: list[Path]) -> list[Run]:
         if _is_run(path):
             runs.append(_read_run(path))
             continue
-        children = sorted((child for child in path.iterdir() if child.is_dir() and _is_run(child)), key=_number)
+        children = sorted((child for child in path.iterdir() if child.is_dir() and _is_run(child)), key=_order)
         if not children:
             raise ValueError(f"run={path} holds no run (no resolved.yaml in it or one level below)")
         runs += [_read_run(child) for child in children]
@@ -197,9 +199,9 @@ def _is_run(path: Path) -> bool:
     return (path / "resolved.yaml").is_file()
 
 
-def _number(path: Path) -> tuple[float, str]:
-    match = re.match(r"\d+", path.name)
-    return (int(match[0]) if match else math.inf, path.name)
+def _order(path: Path) -> list[str | int]:
+    """Numbers count as such wherever they stand: 0_x, 1_x, 10_x; top_k=2, top_k=16."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def _read_run(path: Path) -> Run:
