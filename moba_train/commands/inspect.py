@@ -27,6 +27,7 @@ from moba_train.validate import validate
 
 PICTURE = "inspect.png"
 MOST_PADDING = 0.01  # before a word is said
+NARROWEST = 112  # columns: below that, rich would cut digits off
 
 
 def main(arguments: list[str]) -> int:
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> int:
 def _job(composed: DictConfig) -> None:
     config = resolved.to_config(composed)
     validate(config)
-    show(config, Console())
+    show(config, Console(width=max(Console().width, NARROWEST)))
 
 
 def show(config: Config, console: Console) -> Path:

@@ -219,7 +219,8 @@ def _plain_name(path: Path) -> str:
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
-    """Bytes, and the time of the last change in ns; of a folder, over all that is in it."""
-    within = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    """Bytes, and the time of the last change in ns; of a folder, over all in it that is not hidden."""
+    within = [file for file in path.rglob("[!.]*") if file.is_file()] if path.is_dir() else [path]
+    within = [file for file in within if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     statuses = [file.stat() for file in within]
     return sum(status.st_size for status in statuses), max((status.st_mtime_ns for status in statuses), default=0)

@@ -190,7 +190,7 @@ def _compare(source: SourceConfig, recorded: list[list[Any]], now: list[SourceFi
         file, entry = new[name], old[name]
         if [file.bytes, file.changed] == entry[1:3]:
             continue
-        # Of a folder's bytes some are not read (.git), so only its content tells.
+        # Of a folder's files some are not read (pictures), so only the content of the others tells.
         if (file.bytes == entry[1] or file.path.is_dir()) and sha256(source, file) == entry[3]:
             entry[1:3] = [file.bytes, file.changed]
             touched = True
