@@ -6,9 +6,8 @@ network of all GPUs of its node together, and all of it over NVLink.
 
 from __future__ import annotations
 
-from moba_train.plan.activations import HALF
 from moba_train.plan.hardware import GB_S, Hardware
-from moba_train.plan.setup import Setup
+from moba_train.plan.setup import HALF, Setup
 
 
 def collective_seconds(setup: Setup, hardware: Hardware, size: float) -> float:
@@ -19,8 +18,9 @@ def collective_seconds(setup: Setup, hardware: Hardware, size: float) -> float:
     return max(within, between) / GB_S
 
 
-def exchange_seconds(setup: Setup, hardware: Hardware, size: float) -> float:
-    """To exchange ``size`` bytes of each rank's with all ranks of its sequence-parallel group, in equal parts."""
+def exchange_seconds(setup: Setup, hardware: Hardware) -> float:
+    """Ulysses's in one pass through one layer: each rank exchanges equal parts with its group's ranks."""
+    size = ulysses_bytes(setup)
     group = setup.sequence_parallel_size
     near = min(group, setup.gpus_per_node)
     within = size * (near - 1) / group / hardware.nvlink_gbs

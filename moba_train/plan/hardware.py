@@ -30,6 +30,7 @@ class PlanConfig:
     network_gbs: float | None = None  # GB/s a GPU sends to other nodes
     host_gbs: float | None = None  # GB/s between a GPU and pinned host memory, one way
     host_update_gbs: float | None = None  # GB/s of the optimizer's update in host memory, a node
+    nvme_gbs: float | None = None  # GB/s of a node's disk
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Hardware:
     network_gbs: float
     host_gbs: float
     host_update_gbs: float
+    nvme_gbs: float
     measured: bool  # or scaled by data sheet
 
     def moba_tflops(self, block_size: int, backward: bool) -> float:
@@ -82,6 +84,7 @@ H200 = Hardware(
     network_gbs=40,
     host_gbs=50,
     host_update_gbs=100,
+    nvme_gbs=6,
     measured=True,
 )
 

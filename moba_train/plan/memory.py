@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moba_train.plan import activations, states
-from moba_train.plan.activations import HALF, SINGLE
-from moba_train.plan.setup import Setup
+from moba_train.plan.setup import HALF, SINGLE, Setup
+from moba_train.plan.states import Parts
 
 GB = 1e9
 CONTEXT_BYTES = 0.6 * GB  # CUDA, cuBLAS and the kernels' code, outside torch's allocator
 COMMUNICATION_BYTES = 1.0 * GB  # NCCL's buffers, where there are several GPUs
 FRAGMENTATION = 0.03  # of the peak: what the allocator holds and cannot use
+OFFLOADED_LAYERS = 2  # inputs of layers that are on the GPU at a time where they wait on the host
 
 
 @dataclass(frozen=True)
@@ -20,17 +21,20 @@ class Memory:
 
     Attributes:
         moments: name of a moment: its parts.
+        outside: of torch's allocator.
+        host: of host memory, for this GPU.
     """
 
-    moments: dict[str, dict[str, float]]
-    outside: float  # of torch's allocator
+    moments: dict[str, Parts]
+    outside: float
+    host: float
 
     @property
     def peak_moment(self) -> str:
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
-    def parts(self) -> dict[str, float]:
+    def parts(self) -> Parts:
         """Of the peak."""
         return self.moments[self.peak_moment]
 
@@ -47,61 +51,93 @@ class Memory:
 
 def predict_memory(setup: Setup) -> Memory:
     """Of a step of the stage."""
-    resting, passing = states.states(setup), states.buffers(setup)
-    kept = _kept(setup)
+    always = states.resting(setup) | _inputs(setup)
+    gathered, everything = states.gathered(setup), setup.shape.parameters
+    begin = always | gathered | states.gradients(setup, 0)
+    after_loss = always | gathered | states.gradients(setup, setup.output_parameters)
+    after_layers = always | gathered | states.gradients(setup, everything - setup.input_parameters)
+    end = always | gathered | states.gradients(setup, everything)
+    kept = _kept(setup, setup.shape.layers)
     moments = {
-        "loss": {**resting, **passing, **kept, **_loss(setup)},
-        "backward pass of the last norm": {**resting, **passing, **kept, **_last_norm(setup)},
-        "backward pass of a layer": {**resting, **passing, **kept, **_layer(setup)},
-        "optimizer step": {**resting, **states.update(setup)},
+        "loss": begin | kept | _loss(setup),
+        "backward pass of the last norm": after_loss | kept | _last_norm(setup),
+        "backward pass of the last layer": after_loss | kept | _layer(setup),
+        "backward pass of the first layer": after_layers | _kept(setup, 1) | _layer(setup),
+        "gradient reduction": end | states.reduction(setup),
+        "optimizer step": always | states.gradients(setup, everything) | states.update(setup),
     }
+    moments = {name: {part: size for part, size in parts.items() if size} for name, parts in moments.items()}
     outside = CONTEXT_BYTES + (COMMUNICATION_BYTES if setup.world_size > 1 else 0)
-    return Memory(moments, outside)
+    return Memory(moments, outside, states.on_host(setup) + _hidden_states_on_host(setup))
 
 
-def _kept(setup: Setup) -> dict[str, float]:
-    """From the forward pass, all layers together."""
-    tokens, layers = setup.tokens, setup.shape.layers
-    # Cosines and sines of every position, ids, targets and positions.
-    parts: dict[str, float] = {"inputs": tokens * (2 * HALF * setup.shape.head_dim + 3 * 8)}
-    if setup.train.activation_checkpointing:
-        parts["hidden states"] = tokens * layers * activations.hidden_state(setup)
-    else:
-        parts["activations"] = tokens * layers * activations.kept(setup)
-    if chosen := sum(activations.choices(setup, spec) for spec in setup.specs):
-        parts["choices"] = tokens * chosen
+def _inputs(setup: Setup) -> Parts:
+    """Cosines and sines of every position, ids, targets, positions, and losses."""
+    return {"inputs": setup.tokens * (2 * HALF * setup.shape.head_dim + 3 * 8 + SINGLE)}
+
+
+def _kept(setup: Setup, layers: int) -> Parts:
+    """From the forward pass, of the first layers."""
+    tokens, train = setup.tokens, setup.train
+    parts: Parts = {"choices": tokens * sum(activations.choices(setup, spec) for spec in setup.specs[:layers])}
+    if not train.activation_checkpointing:
+        return parts | {"activations": tokens * layers * activations.kept(setup)}
+    here = min(layers, OFFLOADED_LAYERS) if train.offload.hidden_states else layers
+    parts["hidden states"] = tokens * here * activations.hidden_state(setup)
+    if train.keep_attention:
+        parts["attention outputs"] = tokens * layers * activations.output_kept(setup)
     return parts
 
 
-def _loss(setup: Setup) -> dict[str, float]:
-    """While the last tile's gradient is made: three fp32 tensors of its logits, and what the tiles before it left."""
-    shape = setup.shape
-    tile = min(setup.train.loss_tile_tokens, setup.tokens)
+def _hidden_states_on_host(setup: Setup) -> float:
+    if not setup.train.offload.hidden_states:
+        return 0.0
+    return setup.tokens * setup.shape.layers * activations.hidden_state(setup)
+
+
+def _loss(setup: Setup) -> Parts:
+    """While the last tile is computed; the gradients of the hidden states of those before it wait.
+
+    Where this rank has the whole output layer, gradients come with the losses, the output layer's in fp32: a fused
+    kernel writes a tile's over its logits, and plain torch makes two fp32 tensors beside logits and gradient; the
+    gradient of the tile before is still there. At a tile's end a term of the output layer's gradient is made. Under
+    ZeRO-3 each tile is computed again in the backward pass: three fp32 tensors.
+    """
+    tile = min(setup.train.loss_tile_tokens, setup.tokens) * setup.shape.vocab_size
+    before = HALF * tile if setup.tokens > setup.train.loss_tile_tokens else 0
+    matrix = setup.embedding_parameters
+    if setup.train.zero_stage == 3:
+        tile_bytes, sums = 3 * SINGLE * tile, HALF * matrix
+    else:
+        inside = HALF if setup.fused else 2 * (HALF + SINGLE)
+        tile_bytes, sums = max(before + inside * tile, HALF * (tile + matrix)), SINGLE * matrix
     return {
         "last norm": setup.tokens * activations.norm_kept(setup),
-        "loss tile": 3 * SINGLE * tile * shape.vocab_size,
-        "loss gradients": _head_gradient(setup) + setup.tokens * activations.hidden_state(setup),
+        "loss tile": tile_bytes,
+        "loss gradients": sums + setup.tokens * activations.hidden_state(setup),
     }
 
 
-def _last_norm(setup: Setup) -> dict[str, float]:
-    norm = setup.tokens * activations.last_norm_backward(setup)
-    return {"last norm": norm, "loss gradients": _head_gradient(setup) if setup.shape.tied else 0.0}
+def _last_norm(setup: Setup) -> Parts:
+    return {
+        "last norm": setup.tokens * activations.last_norm_backward(setup),
+        "loss gradients": _output_layer_gradient(setup),
+    }
 
 
-def _layer(setup: Setup) -> dict[str, float]:
-    """While the layer that needs most is computed backwards; one that was not checkpointed is kept already."""
-    most = max(
-        activations.mlp_backward(setup),
-        activations.norm_backward(setup),
-        *(activations.attention_backward(setup, spec) for spec in set(setup.specs)),
-    )
+def _layer(setup: Setup) -> Parts:
+    """While a layer is computed backwards; one that was not checkpointed is kept already."""
+    within_mlp = setup.tokens * activations.mlp_backward(setup) + activations.mlp_fixed(setup)
+    others = [activations.norm_backward(setup)]
+    others += [activations.attention_backward(setup, spec) for spec in set(setup.specs)]
+    most = max(within_mlp, setup.tokens * max(others))
     if not setup.train.activation_checkpointing:
-        most -= activations.kept(setup)
-    # A tied output layer's gradient waits for the embedding's, which is last.
-    return {"layer": setup.tokens * most, "loss gradients": _head_gradient(setup) if setup.shape.tied else 0.0}
+        most -= setup.tokens * activations.kept(setup)
+    elif setup.train.keep_attention:
+        most -= setup.tokens * activations.output_kept(setup)
+    return {"layer": most, "loss gradients": _output_layer_gradient(setup)}
 
 
-def _head_gradient(setup: Setup) -> float:
-    """Tiles add up their gradients of the output layer in bf16 before the engine has them."""
-    return HALF * setup.shape.vocab_size * setup.shape.hidden_size
+def _output_layer_gradient(setup: Setup) -> float:
+    """A tied one waits for the embedding's, which is last; another is a parameter's gradient like others."""
+    return HALF * setup.embedding_parameters if setup.shape.tied else 0.0

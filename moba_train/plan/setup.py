@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moba_train.attention.spec import AttentionSpec
-from moba_train.config import Config, Precision, TrainConfig
+from moba_train.config import Config, FusedKernels, Precision, TrainConfig
 from moba_train.cost import DecoderShape
 from moba_train.schedule import Stage
 from moba_train.validate import micro_batch_rows
+
+HALF, SINGLE = 2, 4  # bytes of bf16 and fp32
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,12 @@ class Setup:
 
     @property
     def sequence_parallel_size(self) -> int:
-        return 1
+        return self.train.sequence_parallel_size
+
+    @property
+    def fused(self) -> bool:
+        """Liger's kernels are used; ``auto`` takes them where they are installed, which is assumed."""
+        return self.train.fused_kernels is not FusedKernels.none
 
     @property
     def rows(self) -> int:
@@ -70,6 +77,22 @@ class Setup:
     def key_size(self) -> int:
         """Numbers of a token's keys; where there are fewer heads than ranks to share them, they are repeated."""
         return max(self.shape.kv_heads, self.sequence_parallel_size) * self.shape.head_dim
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Of the embedding, and as many of the output layer, which may be the same."""
+        return self.shape.vocab_size * self.shape.hidden_size
+
+    @property
+    def output_parameters(self) -> int:
+        """Whose gradients the loss gives: those of an output layer that is not the embedding."""
+        return 0 if self.shape.tied else self.embedding_parameters
+
+    @property
+    def input_parameters(self) -> int:
+        """Whose gradients are not there yet while the first layer is computed backwards: its own, the embedding's."""
+        outside = self.embedding_parameters + self.output_parameters + self.shape.hidden_size
+        return self.embedding_parameters + (self.shape.parameters - outside) // self.shape.layers
 
 
 def refuse(config: Config) -> None:

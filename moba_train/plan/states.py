@@ -1,42 +1,108 @@
 """Parameters, gradients and optimizer state of one rank under DeepSpeed's ZeRO, in bytes.
 
-Read off DeepSpeed 0.19.8. bf16 parameters; fp32 sums of gradients, fp32 parameters and two AdamW moments.
+Read off DeepSpeed 0.19.8 and counted on it (tests/plan/test_states.py). bf16 parameters; fp32 parameters and two moments.
 """
 
 from __future__ import annotations
 
-from moba_train.plan.activations import HALF, SINGLE
-from moba_train.plan.setup import Setup
+from moba_train.config import OffloadDevice, Precision
+from moba_train.plan.setup import HALF, SINGLE, Setup
+
+Parts = dict[str, float]
 
 # DeepSpeed's defaults, in numbers.
 REDUCE_BUCKET = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
 PREFETCH_BUCKET = 50_000_000
+_DOUBLE = 8
 
 
-def states(setup: Setup) -> dict[str, float]:
-    """What stays from step to step, by name."""
+def resting(setup: Setup) -> Parts:
+    """What stays from step to step."""
     count, stage, world = setup.shape.parameters, setup.train.zero_stage, setup.world_size
-    parts: dict[str, float] = {"parameters": HALF * count / (world if stage == 3 else 1)}
-    if stage == 1:
-        # BF16_Optimizer: fp32 sums are not partitioned, and each parameter's bf16 gradient stays beside them.
-        parts["gradients"] = (SINGLE + HALF) * count
+    parts: Parts = {}
+    if stage < 3:
+        parts["parameters"] = HALF * count
     else:
-        parts["gradients"] = SINGLE * count / world
-    parts["optimizer"] = 3 * SINGLE * count / world
-    return parts
-
-
-def buffers(setup: Setup) -> dict[str, float]:
-    """What exists during the forward and backward pass beside the states."""
-    parts: dict[str, float] = {}
-    if setup.train.zero_stage >= 2:
+        # Each rank's share, and what is gathered at a time.
+        own = 0.0 if setup.train.offload.parameters is not OffloadDevice.none else HALF * count / world
+        parts["parameters"] = own
         parts["reduction bucket"] = HALF * REDUCE_BUCKET
-    if setup.train.zero_stage == 3:
-        parts["gathered parameters"] = HALF * min(setup.shape.parameters, LIVE_PARAMETERS + PREFETCH_BUCKET)
+    if not _optimizer_is_elsewhere(setup):
+        parts["optimizer"] = 3 * SINGLE * count / world
+    else:  # where gradients pass through on their way to the host
+        parts["transfer"] = HALF * largest(setup)
     return parts
 
 
-def update(setup: Setup) -> dict[str, float]:
-    """Temporaries of the optimizer's step: torch's AdamW over lists makes one tensor as large as a moment."""
-    return {"update": SINGLE * setup.shape.parameters / setup.world_size}
+def gradients(setup: Setup, made: float) -> Parts:
+    """Of parameters, during the backward pass.
+
+    Args:
+        made: numbers of parameters whose gradient is there. A step's second micro-batch finds all of the first's.
+    """
+    count, world = setup.shape.parameters, setup.world_size
+    present = count if setup.micro_batches > 1 else made
+    sums = SINGLE if setup.train.gradient_dtype is Precision.fp32 else HALF
+    stage, elsewhere = setup.train.zero_stage, _optimizer_is_elsewhere(setup)
+    if stage == 3:
+        return {} if elsewhere else {"gradients": sums * count / world}
+    if stage == 2:
+        return {"gradients": sums * count / world, "reduction bucket": HALF * REDUCE_BUCKET}
+    if elsewhere:  # sums of all parameters, then those of this rank's
+        return {"gradients": sums * present + (made == count) * sums * count / world}
+    if sums == HALF:
+        return {"gradients": HALF * present}
+    # BF16_Optimizer: fp32 sums are not partitioned, and each parameter's bf16 gradient stays beside them.
+    return {"gradients": SINGLE * count + HALF * present}
+
+
+def reduction(setup: Setup) -> Parts:
+    """Copies while ranks add up gradients, at the end of the backward pass."""
+    some = min(setup.shape.parameters, REDUCE_BUCKET)
+    if setup.train.zero_stage == 3:
+        return {"reduction": SINGLE * some}
+    if setup.train.zero_stage == 2:
+        return {}
+    if _optimizer_is_elsewhere(setup) or setup.train.gradient_dtype is Precision.bf16:
+        sums = SINGLE if setup.train.gradient_dtype is Precision.fp32 else HALF
+        return {"reduction": sums * REDUCE_BUCKET}
+    return {"reduction": (SINGLE + HALF) * some}
+
+
+def gathered(setup: Setup) -> Parts:
+    """Parameters of all ranks that stage 3 has at a time."""
+    if setup.train.zero_stage < 3:
+        return {}
+    return {"gathered parameters": HALF * min(setup.shape.parameters, LIVE_PARAMETERS + PREFETCH_BUCKET)}
+
+
+def update(setup: Setup) -> Parts:
+    """Temporaries of the step: the norm in double precision, a parameter at a time, and fp32 copies of bf16 sums."""
+    parts: Parts = {}
+    if setup.train.zero_stage >= 2:
+        parts["norm"] = _DOUBLE * min(largest(setup), setup.shape.parameters / setup.world_size)
+    if setup.train.gradient_dtype is Precision.bf16 and not _optimizer_is_elsewhere(setup):
+        parts["gradients in fp32"] = SINGLE * setup.shape.parameters / setup.world_size
+    return parts
+
+
+def on_host(setup: Setup) -> float:
+    """Bytes of host memory for one rank's states; pinned copies of gradients and parameters among them."""
+    share = setup.shape.parameters / setup.world_size
+    offload = setup.train.offload
+    total = 0.0
+    if offload.optimizer is OffloadDevice.cpu:
+        total += share * (20 if setup.train.zero_stage == 3 else 18)
+    if offload.parameters is OffloadDevice.cpu:
+        total += share * HALF
+    return total
+
+
+def largest(setup: Setup) -> int:
+    """Numbers of the largest parameter: the embedding, as a rule."""
+    return setup.shape.hidden_size * max(setup.shape.vocab_size, setup.shape.mlp_size)
+
+
+def _optimizer_is_elsewhere(setup: Setup) -> bool:
+    return setup.train.offload.optimizer is not OffloadDevice.none

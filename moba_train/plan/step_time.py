@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from moba_train.attention.spec import AttentionSpec
 from moba_train.cost import full_keys, gate_scores, moba_keys
-from moba_train.plan import communication
-from moba_train.plan.activations import HALF, chosen
+from moba_train.plan import communication, offload, traffic
+from moba_train.plan.activations import chosen
 from moba_train.plan.hardware import GB_S, Hardware
-from moba_train.plan.setup import Setup
+from moba_train.plan.setup import HALF, Setup
 
 TFLOPS = 1e12
 
@@ -31,48 +31,77 @@ class StepTime:
 
 def predict_time(setup: Setup, hardware: Hardware) -> StepTime:
     """Of a step of the stage."""
-    again = 1 if setup.train.activation_checkpointing else 0
-    once = {
-        "matmul": _matmul(setup, again) / (hardware.matmul_tflops * TFLOPS),
-        "attention": _attention(setup, hardware, again),
-        "norms, rotary, SwiGLU": _elementwise(setup, again) / (hardware.hbm_gbs * GB_S),
-        "loss": _loss(setup, hardware),
-    }
+    once = _compute(setup, hardware)
     compute = sum(once.values())
-    if (host := _host(setup, again)) > compute:
-        once["waiting for the host"] = host - compute
     moved = communication.collective_seconds(setup, hardware, communication.pass_bytes(setup))
     if setup.train.zero_stage == 3:  # gathers and reductions run beside the arithmetic
         moved = max(0.0, moved - compute)
-    exchanges = (2 + again) * setup.shape.layers
-    once["Ulysses"] = exchanges * communication.exchange_seconds(setup, hardware, communication.ulysses_bytes(setup))
     once["ZeRO"] = moved
+    once["Ulysses"] = _passes(setup) * setup.shape.layers * communication.exchange_seconds(setup, hardware)
+    once["offload"] = max(0.0, offload.pass_seconds(setup, hardware) - compute)  # copies run beside the arithmetic
     parts = {name: seconds * setup.micro_batches for name, seconds in once.items()}
     parts["ZeRO"] += communication.collective_seconds(setup, hardware, communication.step_bytes(setup))
-    parts["optimizer"] = _update(setup, hardware)
+    parts["offload"] += offload.step_seconds(setup, hardware)
+    parts["optimizer"] = traffic.update(setup) / (hardware.hbm_gbs * GB_S)
     return StepTime({name: seconds for name, seconds in parts.items() if seconds})
 
 
-def _matmul(setup: Setup, again: int) -> float:
-    """Operations of the layers' linear maps: forward, as often again, and twice that backward."""
-    return (3 + again) * 2.0 * setup.tokens * setup.shape.layer_matrix_parameters * setup.shape.layers
+def _compute(setup: Setup, hardware: Hardware) -> dict[str, float]:
+    """Of one micro-batch."""
+    parts = {
+        "matmul": matmul_flops(setup) / (hardware.matmul_tflops * TFLOPS),
+        "attention": _attention(setup, hardware),
+        "norms, rotary, SwiGLU": traffic.layers(setup) / (hardware.hbm_gbs * GB_S),
+        "loss": loss_flops(setup) / (hardware.matmul_tflops * TFLOPS) + traffic.loss(setup) / (hardware.hbm_gbs * GB_S),
+    }
+    waiting = _host(setup) - sum(parts.values())
+    return parts if waiting < 0 else parts | {"waiting for the host": waiting}
 
 
-def _attention(setup: Setup, hardware: Hardware, again: int) -> float:
+def matmul_flops(setup: Setup) -> float:
+    """Operations of the layers' linear maps in one micro-batch.
+
+    Recomputation stops before the last product, the MLP's down projection; a tiled MLP leaves it all out, and computes
+    gate and up again by itself, with and without checkpointing.
+    """
+    shape = setup.shape
+    attention = 2.0 * setup.tokens * shape.hidden_size * 2 * (setup.query_size + shape.kv_heads * shape.head_dim)
+    mlp = 2.0 * setup.tokens * 3 * shape.hidden_size * shape.mlp_size
+    again = setup.train.activation_checkpointing
+    gate_and_up = 2 / 3 if again or setup.train.mlp_tile_tokens else 0
+    return shape.layers * ((3 + again) * attention + (3 + gate_and_up) * mlp)
+
+
+def loss_flops(setup: Setup) -> float:
+    """Operations of the output layer: once more under ZeRO-3, where the gradients do not come with the losses."""
+    products = 4 if setup.train.zero_stage == 3 else 3
+    return products * 2.0 * setup.tokens * setup.shape.vocab_size * setup.shape.hidden_size
+
+
+def _passes(setup: Setup) -> int:
+    """Through attention, forward, again and backward."""
+    return 2 + _again(setup)
+
+
+def _again(setup: Setup) -> int:
+    return int(setup.train.activation_checkpointing and not setup.train.keep_attention)
+
+
+def _attention(setup: Setup, hardware: Hardware) -> float:
     """Seconds of all layers. The gate's choices are kept, so it is computed once."""
     return sum(
-        layers * (_full(setup, hardware, again) if spec.kind == "full" else _moba(setup, hardware, spec, again))
+        layers * (_full(setup, hardware) if spec.kind == "full" else _moba(setup, hardware, spec))
         for spec, layers in Counter(setup.specs).items()
     )
 
 
-def _full(setup: Setup, hardware: Hardware, again: int) -> float:
+def _full(setup: Setup, hardware: Hardware) -> float:
     flops = _pair_flops(setup) * full_keys([setup.stage.context_length]) * setup.rows
     forward, backward = hardware.full_forward_tflops, hardware.full_backward_tflops
-    return _slower(setup) * flops * ((1 + again) / forward + 2.5 / backward) / TFLOPS
+    return _slower(setup) * flops * ((1 + _again(setup)) / forward + 2.5 / backward) / TFLOPS
 
 
-def _moba(setup: Setup, hardware: Hardware, spec: AttentionSpec, again: int) -> float:
+def _moba(setup: Setup, hardware: Hardware, spec: AttentionSpec) -> float:
     block_size, top_k = spec.moba
     length = [setup.stage.context_length]
     flops = _pair_flops(setup) * moba_keys(length, block_size, top_k) * setup.rows
@@ -80,10 +109,11 @@ def _moba(setup: Setup, hardware: Hardware, spec: AttentionSpec, again: int) -> 
     gate = _pair_flops(setup) / 2 * gate_scores(length, block_size) * setup.rows if top_k > 1 else 0
     # A query and its partial output for each chosen block, read and written; backward the output's gradient too.
     entries = HALF * setup.query_size * setup.tokens * chosen(setup, spec)
+    forwards = 1 + _again(setup)
     return (
-        _slower(setup) * flops * ((1 + again) / forward + 2.5 / backward) / TFLOPS
+        _slower(setup) * flops * (forwards / forward + 2.5 / backward) / TFLOPS
         + gate / hardware.gate_tflops / TFLOPS
-        + entries * (3 * (1 + again) + 5) / (hardware.hbm_gbs * GB_S)
+        + entries * (3 * forwards + 5) / (hardware.hbm_gbs * GB_S)
     )
 
 
@@ -97,28 +127,7 @@ def _slower(setup: Setup) -> float:
     return 1.0 if setup.shape.head_dim >= 128 else 1.25
 
 
-def _elementwise(setup: Setup, again: int) -> float:
-    """Bytes that a layer's operators read and write, products and attention apart: counted on transformers' layer."""
-    h, m, heads = setup.shape.hidden_size, setup.shape.mlp_size, setup.query_size + setup.key_size
-    forward, backward = 84 * h + 10 * m + 20 * heads, 214 * h + 18 * m + 32 * heads
-    return setup.tokens * setup.shape.layers * ((1 + again) * forward + backward)
-
-
-def _loss(setup: Setup, hardware: Hardware) -> float:
-    """The output layer (once more in the backward pass) and the passes over its logits."""
-    shape = setup.shape
-    products = 4 * 2.0 * setup.tokens * shape.vocab_size * shape.hidden_size
-    moved = 50.0 * setup.tokens * shape.vocab_size
-    return products / (hardware.matmul_tflops * TFLOPS) + moved / (hardware.hbm_gbs * GB_S)
-
-
-def _host(setup: Setup, again: int) -> float:
-    layer = (1 + again) * HOST_SECONDS["forward"] + HOST_SECONDS["backward"]
+def _host(setup: Setup) -> float:
+    layer = (1 + setup.train.activation_checkpointing) * HOST_SECONDS["forward"] + HOST_SECONDS["backward"]
     tiles = -(-setup.tokens // setup.train.loss_tile_tokens)
     return setup.shape.layers * layer + tiles * HOST_SECONDS["tile"]
-
-
-def _update(setup: Setup, hardware: Hardware) -> float:
-    """AdamW, norm, clipping and copies: 48 bytes a parameter, sharded; 16 more where each rank adds up gradients."""
-    count = setup.shape.parameters
-    return (48.0 * count / setup.world_size + 16.0 * count) / (hardware.hbm_gbs * GB_S)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moba_train.config import Config, ModelConfig, Precision, StageConfig
+from moba_train.config import Config, FusedKernels, ModelConfig, Precision, StageConfig
 from moba_train.model import planned_shape
 from moba_train.plan.setup import Setup
 from moba_train.schedule import build_schedule
@@ -31,7 +31,7 @@ def recipe(architecture: dict, context: int, **train) -> Config:
     config.model = ModelConfig(architecture=architecture)
     config.schedule.stages = [StageConfig(tokens=context, context_length=context)]
     config.train.tokens_per_step, config.train.precision, config.train.zero_stage = context, Precision.bf16, 1
-    config.train.activation_checkpointing = True
+    config.train.activation_checkpointing, config.train.fused_kernels = True, FusedKernels.none
     for key, value in train.items():
         setattr(config.train, key, value)
     return config

@@ -44,4 +44,5 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _storages(tree: object) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta"]
+    return [tensor.untyped_storage() for tensor in tensors]
