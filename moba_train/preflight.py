@@ -26,6 +26,7 @@ from moba_train.rope import LENGTH_BOUND, rope_parameters
 from moba_train.runtime import choose_device
 from moba_train.schedule import Schedule
 from moba_train.tracking import METRICS_FILE
+from moba_train.validate import check_slices
 
 
 def check_model(config: Config, schedule: Schedule) -> None:
@@ -49,7 +50,7 @@ def check_model(config: Config, schedule: Schedule) -> None:
             f"{config.model.name} has num_attention_heads={heads} and num_key_value_heads={kv_heads}: the first must "
             f"be a multiple of the second"
         )
-    _check_slices(config, heads, kv_heads)
+    check_slices(config, heads, kv_heads)
     parameters = dict(getattr(model, "rope_parameters", None) or {})
     if "rope_type" not in parameters:
         raise ValueError(
@@ -103,17 +104,6 @@ def _check_key_conv(config: Config, model: PretrainedConfig) -> None:
         raise ValueError(
             f"train.sequence_parallel_size={size} with attention.key_conv={width}: a rank's first keys would need the "
             f"last ones of the rank before, which they do not get; set train.sequence_parallel_size=1"
-        )
-
-
-def _check_slices(config: Config, heads: int, kv_heads: int) -> None:
-    """Sequence parallelism exchanges slices of rows for whole heads, so each rank needs as many heads as the others."""
-    size = config.train.sequence_parallel_size
-    works = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
-    if size not in works:
-        raise ValueError(
-            f"train.sequence_parallel_size={size} does not share out num_attention_heads={heads} and "
-            f"num_key_value_heads={kv_heads} of {config.model.name}: set it to one of {', '.join(map(str, works))}"
         )
 
 

@@ -214,6 +214,21 @@ def _ranks(config: Config) -> str:
     return ranks if size == 1 else f"({ranks}) / train.sequence_parallel_size={size}"
 
 
+def check_slices(config: Config, heads: int, kv_heads: int) -> None:
+    """Sequence parallelism exchanges slices of rows for whole heads, so each rank needs as many heads as the others.
+
+    Raises:
+        ValueError: it does not get them.
+    """
+    size = config.train.sequence_parallel_size
+    works = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+    if size not in works:
+        raise ValueError(
+            f"train.sequence_parallel_size={size} does not share out num_attention_heads={heads} and "
+            f"num_key_value_heads={kv_heads} of {config.model.name}: set it to one of {', '.join(map(str, works))}"
+        )
+
+
 def micro_batch_rows(config: Config, context_length: int) -> int:
     """Rows that a rank, or a sequence-parallel group, reads in one pass at this context length."""
     tokens = config.train.micro_batch_tokens

@@ -51,7 +51,6 @@ def _job(composed: DictConfig) -> None:
     settings = OmegaConf.to_object(composed.plan)
     assert isinstance(settings, PlanConfig)
     validate(config)
-    refuse(config)
     show(config, settings, Path(composed.output) if composed.output else None)
 
 
@@ -60,7 +59,9 @@ def show(config: Config, settings: PlanConfig, output: Path | None = None) -> No
     from moba_train.model import planned_shape  # transformers takes seconds: a mistyped setting is told before
 
     machine = hardware(settings)
-    found = estimate(config, planned_shape(config.model, config.attention.key_conv), machine)
+    shape = planned_shape(config.model, config.attention.key_conv)
+    refuse(config, shape)
+    found = estimate(config, shape, machine)
     offered = switches(found, config)
     chosen = [] if found.fits else together(found, config)
     _print_head(found, config)
@@ -85,6 +86,11 @@ def _print_head(found: Estimate, config: Config) -> None:
         f"[bold]{config.model.name}[/]: {shape.parameters / 1e9:.2f} billion parameters on {where} {machine.gpu} of "
         f"{machine.memory_gb:g} GB (rates {source}), a step of {config.train.tokens_per_step:,} tokens"
     )
+    attention: dict[str, list[str]] = {}
+    for each in found.stages:
+        attention.setdefault(each.setup.stage.describe().split(", ")[0], []).append(each.setup.stage.name)
+    kinds = [f"{kind} in {', '.join(names)}" for kind, names in attention.items()]
+    _line(f"attention: {'; '.join(kinds)}")
 
 
 def _stage_table(found: Estimate) -> Table:
@@ -93,7 +99,7 @@ def _stage_table(found: Estimate) -> Table:
     for each in found.stages:
         stage = each.setup.stage
         table.add_row(
-            f"{stage.name}: {stage.describe().split(', ')[0]}",
+            stage.name,
             f"{stage.context_length:,}",
             f"{stage.steps:,}",
             f"{each.memory.needed / GB:.1f}",
@@ -131,6 +137,10 @@ def _memory_table(largest: StageEstimate, found: Estimate) -> Table:
     table.add_row("peak in torch's allocator", f"{memory.peak / GB:.2f}", style="bold")
     table.add_row("and what it cannot use, CUDA, NCCL", f"{(memory.needed - memory.peak) / GB:.2f}")
     table.add_row(f"needed, of {found.hardware.memory_gb:g}", f"{memory.needed / GB:.2f}", style="bold")
+    if memory.host:
+        node = memory.host * largest.setup.gpus_per_node
+        room = f" of {found.hardware.host_memory_gb:g}" if found.hardware.host_memory_gb else ""
+        table.add_row(f"pinned host memory of a node{room}", f"{node / GB:.2f}")
     return table
 
 

@@ -1,8 +1,8 @@
 """What one layer of a transformers decoder holds while it is computed, in bytes a token.
 
-Read off the code that runs: transformers' Llama layer in bf16 with norms in fp32 (or Liger's kernels in their place), our
-attention operators, and the order in which autograd frees what it kept. tests/plan/test_memory.py counts the same on the
-real model, Liger's kernels apart, which need a GPU.
+Read off the code that runs: transformers' Llama layer in bf16 with norms in fp32 (or Liger's kernels in their place),
+our attention operators, and the order in which autograd frees what it kept. tests/plan/test_memory.py counts the same
+on the real model, Liger's kernels apart, which need a GPU.
 
 Legend: h hidden_size, q and k numbers of a token's queries and keys, m mlp_size, H query heads.
 """
@@ -124,8 +124,8 @@ def attention_backward(setup: Setup, spec: AttentionSpec) -> float:
 
 
 def workspace(setup: Setup, spec: AttentionSpec) -> float:
-    """Of attention's backward pass. Dense: dQ in fp32, and where rows are packed, which is FlashAttention-2's, dK and dV
-    of every query head. MoBA: partial dQ of a chunk."""
+    """Of attention's backward pass. Dense: dQ in fp32 and, of several rows, which FlashAttention-2 takes, dK and dV of
+    every query head. MoBA: partial dQ of a chunk."""
     if spec.kind == "full":
         ungrouped = setup.rows > 1 and setup.key_size < setup.query_size
         return SINGLE * setup.query_size + ungrouped * 2 * HALF * setup.query_size

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from moba_train.config import Config
+from moba_train.config import Config, OffloadDevice, Precision
 from moba_train.plan.estimate import Estimate, estimate
+from moba_train.plan.setup import refuse
 from moba_train.validate import validate
 
 _SMALLEST = 1e8  # bytes saved below which a switch is not worth a line
 _MOST_TOGETHER = 8
+_MLP_TILE, _LOSS_TILE = 8192, 512  # tokens
 
 
 @dataclass(frozen=True)
@@ -65,25 +67,45 @@ def together(before: Estimate, config: Config) -> list[Switch]:
 
 
 def _candidates(config: Config) -> Iterator[dict[str, Any]]:
-    train = config.train
-    if config.launch.world_size > 1 or train.zero_stage == 0:
-        yield from ({"train.zero_stage": stage} for stage in range(max(1, train.zero_stage + 1), 4))
-    if not train.activation_checkpointing:
-        yield {"train.activation_checkpointing": True}
+    """Each with what it rests on."""
+    train, offload, ranks = config.train, config.train.offload, config.launch.world_size
+    checkpointed = {} if train.activation_checkpointing else {"train.activation_checkpointing": True}
+    if ranks > 1:
+        yield from ({"train.zero_stage": stage} for stage in range(train.zero_stage + 1, 4))
+        sizes = [size for size in (2, 4, 8, 16, 32, 64) if size > train.sequence_parallel_size and ranks % size == 0]
+        yield from ({"train.sequence_parallel_size": size} for size in sizes)
+    if checkpointed:
+        yield checkpointed
+    if train.keep_attention:
+        yield {"train.keep_attention": False}
+    if not offload.hidden_states:
+        yield {**checkpointed, "train.offload.hidden_states": True}
+    if offload.optimizer is OffloadDevice.none:
+        stage = {} if train.zero_stage >= 2 else {"train.zero_stage": 2}
+        yield {**stage, "train.offload.optimizer": OffloadDevice.cpu}
+    if offload.parameters is OffloadDevice.none:
+        stage = {} if train.zero_stage == 3 else {"train.zero_stage": 3}
+        yield {**stage, "train.offload.parameters": OffloadDevice.cpu}
+    if not train.mlp_tile_tokens:
+        yield {"train.mlp_tile_tokens": _MLP_TILE}
+    if train.loss_tile_tokens > _LOSS_TILE:
+        yield {"train.loss_tile_tokens": _LOSS_TILE}
     if train.micro_batch_tokens is not None:
         yield {"train.micro_batch_tokens": None}
-    if train.loss_tile_tokens > 512:
-        yield {"train.loss_tile_tokens": 512}
+    if train.gradient_dtype is Precision.fp32:
+        yield {"train.gradient_dtype": Precision.bf16}
 
 
 def _try(settings: dict[str, Any], config: Config, before: Estimate) -> Switch | None:
     """None where the settings do not go together."""
     changed = with_settings(config, settings)
+    shape = before.stages[0].setup.shape
     try:
         validate(changed)
+        refuse(changed, shape)
     except ValueError:
         return None
-    after = estimate(changed, before.stages[0].setup.shape, before.hardware)
+    after = estimate(changed, shape, before.hardware)
     return Switch(settings, changed, after, before)
 
 

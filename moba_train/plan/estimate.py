@@ -48,7 +48,14 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        return self.needed <= self.hardware.memory_gb * GB
+        if self.needed > self.hardware.memory_gb * GB:
+            return False
+        return self.hardware.host_memory_gb is None or self.host <= self.hardware.host_memory_gb * GB
+
+    @property
+    def host(self) -> float:
+        """Bytes of host memory a node must have for what is offloaded."""
+        return max(stage.memory.host * stage.setup.gpus_per_node for stage in self.stages)
 
     @property
     def seconds(self) -> float:
@@ -60,11 +67,7 @@ class Estimate:
 
 
 def estimate(config: Config, shape: DecoderShape, hardware: Hardware) -> Estimate:
-    """Predict a recipe that ``validate`` has passed.
-
-    Raises:
-        ValueError: as ``build_schedule``.
-    """
+    """Predict a recipe that ``validate`` and ``refuse`` have passed."""
     stages = []
     for stage in build_schedule(config).stages:
         setup = Setup(config, shape, stage)

@@ -73,8 +73,8 @@ H200 = Hardware(
     memory_gb=150.1,
     host_memory_gb=None,
     matmul_tflops=650,
-    full_forward_tflops=346,
-    full_backward_tflops=324,
+    full_forward_tflops=530,
+    full_backward_tflops=538,
     # Of the four cases in the README, the gate and the bytes of routed queries taken out.
     moba_forward_tflops={128: 209, 512: 264, 4096: 470},
     moba_backward_tflops={128: 320, 512: 315, 4096: 391},

@@ -128,9 +128,10 @@ def _last_norm(setup: Setup) -> Parts:
 def _layer(setup: Setup) -> Parts:
     """While a layer is computed backwards; one that was not checkpointed is kept already."""
     within_mlp = setup.tokens * activations.mlp_backward(setup) + activations.mlp_fixed(setup)
-    others = [activations.norm_backward(setup)]
+    others: list[float] = [activations.norm_backward(setup)]
     others += [activations.attention_backward(setup, spec) for spec in set(setup.specs)]
-    most = max(within_mlp, setup.tokens * max(others))
+    mlp_gradients = 3 * HALF * setup.shape.hidden_size * setup.shape.mlp_size
+    most = max(within_mlp, setup.tokens * max(others) + mlp_gradients)
     if not setup.train.activation_checkpointing:
         most -= setup.tokens * activations.kept(setup)
     elif setup.train.keep_attention:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from moba_train.attention.spec import AttentionSpec
 from moba_train.config import Config, FusedKernels, Precision, TrainConfig
 from moba_train.cost import DecoderShape
-from moba_train.schedule import Stage
-from moba_train.validate import micro_batch_rows
+from moba_train.schedule import Stage, build_schedule
+from moba_train.validate import check_slices, micro_batch_rows
 
 HALF, SINGLE = 2, 4  # bytes of bf16 and fp32
 
@@ -95,13 +95,20 @@ class Setup:
         return self.embedding_parameters + (self.shape.parameters - outside) // self.shape.layers
 
 
-def refuse(config: Config) -> None:
+def refuse(config: Config, shape: DecoderShape) -> None:
     """
     Raises:
-        ValueError: a recipe whose memory and time are not predicted.
+        ValueError: a recipe that cannot run, or whose memory and time are not predicted.
     """
     if config.train.precision is not Precision.bf16:
         raise ValueError(
             f"train.precision={config.train.precision.name} is not planned, GPUs are given bf16: add "
             f"train.precision=bf16 train.zero_stage=1"
         )
+    check_slices(config, shape.heads, shape.kv_heads)
+    for stage in build_schedule(config).stages:
+        if stage.full_layers > shape.layers:
+            raise ValueError(
+                f"full_layers={stage.full_layers} in stage {stage.name} with {shape.layers} layers in "
+                f"{config.model.name}: set it to at most {shape.layers}"
+            )

@@ -1,6 +1,7 @@
 """Parameters, gradients and optimizer state of one rank under DeepSpeed's ZeRO, in bytes.
 
-Read off DeepSpeed 0.19.8 and counted on it (tests/plan/test_states.py). bf16 parameters; fp32 parameters and two moments.
+Read off DeepSpeed 0.19.8, and counted on it by tests/plan/test_states.py. The optimizer has fp32 parameters and two
+moments beside the bf16 parameters.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def loss(setup: Setup) -> float:
 
 
 def update(setup: Setup) -> float:
-    """Of a step: gradients added to their sums, reduced, their norm and clipping; AdamW in one pass; parameters written.
+    """Of a step: gradients added to sums, reduced, their norm and clipping; AdamW in one pass; parameters written.
 
     At stage 1 each rank does the former for all parameters.
     """

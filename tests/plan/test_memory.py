@@ -3,56 +3,20 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM
 
-from moba_train import hf_attention
-from moba_train.attention import backends
-from moba_train.attention.blocks import Blocks
 from moba_train.config import AttentionKind, Precision
-from moba_train.layers.tiled_mlp import tile_mlps
-from moba_train.loss import TokenLosses
-from moba_train.model import described_configuration
 from moba_train.plan import activations, states
 from moba_train.plan.memory import predict_memory
 from moba_train.plan.setup import Setup
-from moba_train.recompute import checkpoint_activations
 from plan.cases import LLAMA_1B, LLAMA_8B, recipe, setup_of
+from plan.fake_pass import pass_through
 from plan.live_bytes import LiveBytes
-
-op = pytest.importorskip("moba_train.attention.kernels.op", reason="triton is not installed")
 
 
 def counted_peak(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> int:
     """Bytes of a forward and backward pass through the training code, the parameters' bf16 gradients included."""
-
-    def cut(bounds: torch.Tensor, block_size: int, tokens: int) -> Blocks:  # the real one reads its bounds
-        blocks = tokens // block_size + 1
-        return Blocks(*(torch.empty(size, dtype=torch.int32) for size in (blocks + 1, blocks, tokens)))
-
-    monkeypatch.setattr(op, "cut", cut)
-    monkeypatch.setitem(
-        backends.BACKENDS, "triton", backends.Backend(backends._triton, lambda query, key, spec: None, ("moba",))
-    )
-    hf_attention.register()
-    length, train = setup.stage.context_length, setup.train
-    with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(
-            described_configuration(setup.config.model), dtype=torch.bfloat16, attn_implementation="moba"
-        ).train()
-        if train.mlp_tile_tokens:
-            tile_mlps(model, train.mlp_tile_tokens)
-        if train.activation_checkpointing:
-            checkpoint_activations(model, train.keep_attention)
-        hf_attention.set_plan(model, setup.specs, "triton")
-        losses = TokenLosses(model, train.loss_tile_tokens)
-        bounds = torch.zeros(2, dtype=torch.int32)
-        with LiveBytes() as live:
-            names = ("input_ids", "targets", "position_ids")
-            inputs = {name: torch.zeros(setup.rows, length, dtype=torch.int64) for name in names}
-            loss, _ = losses(**inputs, cu_seq_lens_q=bounds, max_length_q=length)
-            loss.backward()
+    live = LiveBytes()
+    pass_through(setup, monkeypatch, live)
     return live.peak
 
 
@@ -74,7 +38,18 @@ SMALL = LLAMA_1B | {"vocab_size": 4096}
         (SMALL | {"num_hidden_layers": 8}, 2048, FIRST, {"loss_tile_tokens": 512}),
         (SMALL | {"num_hidden_layers": 8}, 8192, FIRST, {"mlp_tile_tokens": 4096}),
     ],
-    ids=["loss", "layer", "loss, all kept", "8B", "last norm", "norm", "attention kept", "MLP in tiles", "gradients", "tile"],
+    ids=[
+        "loss",
+        "layer",
+        "loss, all kept",
+        "8B",
+        "last norm",
+        "norm",
+        "attention kept",
+        "MLP in tiles",
+        "gradients",
+        "tile",
+    ],
 )
 def test_peak_equals_what_the_code_allocates(architecture, context, moment, train, monkeypatch) -> None:
     setup = setup_of(recipe(architecture, context, gradient_dtype=Precision.bf16, **train))
