@@ -117,7 +117,7 @@ def _utilization(each: StageEstimate, found: Estimate) -> str:
 
 
 def _duration(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.0f} s"
@@ -187,7 +187,7 @@ def _print_verdict(found: Estimate, chosen: list[Switch]) -> None:
 def _columns(table: Table, first: str, *others: str) -> None:
     table.add_column(first)
     for name in others:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
 
 
 def _line(text: str) -> None:

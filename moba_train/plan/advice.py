@@ -14,6 +14,7 @@ from moba_train.validate import validate
 
 _SMALLEST = 1e8  # bytes saved below which a switch is not worth a line
 _MOST_TOGETHER = 8
+_CHANGE_RESULTS = {"train.gradient_dtype"}  # shown, not advised
 _MLP_TILE, _LOSS_TILE = 8192, 512  # tokens
 
 
@@ -56,7 +57,7 @@ def together(before: Estimate, config: Config) -> list[Switch]:
     """
     steps: list[Switch] = []
     while not before.fits and len(steps) < _MOST_TOGETHER:
-        offered = switches(before, config)
+        offered = [switch for switch in switches(before, config) if not switch.settings.keys() & _CHANGE_RESULTS]
         if not offered:
             break
         enough = [switch for switch in offered if switch.estimate.fits]
