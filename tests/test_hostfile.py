@@ -281,3 +281,25 @@ def test_all_machines_end_together(tiny_overrides: list[str], two_hosts: LaunchC
         for pid in workers_of(folder):
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
+
+
+@needs_sshd
+@pytest.mark.distributed
+@pytest.mark.skipif(shutil.which("pdsh") is None, reason="DeepSpeed's launcher needs pdsh, which this machine has not")
+def test_deepspeeds_own_launcher(tiny_overrides: list[str], two_hosts: LaunchConfig, tmp_path: Path) -> None:
+    """The same hostfile and the same settings, on a cluster where it has to be that launcher."""
+    dry = cli(*tiny_overrides, "run.name=ds", "launch.processes=2", "launch.dry_run=true")
+    subprocess.run(dry, check=True, capture_output=True)
+    folder = tmp_path / "runs/ds"
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(two_hosts.hostfile)]
+    command += ["--no_ssh_check", "--master_addr", HOSTS[0], "--master_port", str(two_hosts.port)]
+    done = subprocess.run(
+        [*command, "--module", "moba_train.worker", "--config", str(folder / "resolved.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "PDSH_SSH_ARGS_APPEND": " ".join(two_hosts.ssh_options)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((folder / "result.json").read_text())["status"] == "completed"
+    assert len(list((folder / "checkpoints").glob("*/rank_*.json"))) == 2

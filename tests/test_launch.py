@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -47,6 +48,63 @@ def test_ports_of_concurrent_runs_differ() -> None:
     ports = {local.environments(LaunchConfig(processes=2), Path("run"))[0]["MASTER_PORT"] for _ in range(3)}
     assert len(ports) == 3
     assert local.environments(LaunchConfig(processes=2, port=29501), Path("run"))[0]["MASTER_PORT"] == "29501"
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [({}, 1), ({"processes": 3}, 3), ({"gpus": 8}, 8), ({"nodes": 4, "gpus_per_node": 8}, 32), ({"nodes": 4}, 4)],
+    ids=str,
+)
+def test_how_many(settings: dict[str, int], size: int) -> None:
+    config = LaunchConfig(**settings)
+    assert config.world_size == size
+    assert config.needs_gpus is any("gpus" in key for key in settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"gpus": 8, "processes": 4}, r"launch\.processes=4 and launch\.gpus=8 differ"),
+        ({"gpus": 8, "gpus_per_node": 4}, r"launch\.gpus=8 and launch\.nodes x launch\.gpus_per_node=4 differ"),
+        ({"nodes": 2}, r"launch\.nodes=2 with launch=local: choose launch=hostfile or launch=slurm"),
+        ({"hostfile": "hosts"}, r"launch\.hostfile=hosts with launch=local"),
+    ],
+)
+def test_numbers_that_contradict(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        launch.settle(LaunchConfig(**settings))
+
+
+def test_a_port_in_use() -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"launch\.port={port} is in use on this machine"):
+            launch.check(launch.settle(LaunchConfig(port=port)))
+    launch.check(launch.settle(LaunchConfig()))
+
+
+def test_a_dry_run_prints_what_a_run_does(monkeypatch, capfd, tmp_path: Path) -> None:
+    """The printed line, pasted into a shell, starts the same ranks with the same environment."""
+    names = "RANK LOCAL_RANK WORLD_SIZE MASTER_PORT OMP_NUM_THREADS NCCL_DEBUG TORCH_NCCL_ASYNC_ERROR_HANDLING A"
+    script = f"import os; os.write(1, ' '.join(['rank', *map(os.environ.get, {names.split()})]).encode() + b'\\n')"
+    monkeypatch.setattr(local, "command", lambda *_: [sys.executable, "-c", script])
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    config = LaunchConfig(processes=2, port=29501, threads=1, environment={"A": "it's"}, dry_run=True)
+    assert launch.run(config, tmp_path / "resolved.yaml") == 0
+    line = capfd.readouterr().out.strip()
+    assert line.startswith("command: ") and "\n" not in line
+
+    def ranks(text: str) -> list[str]:
+        return sorted(line for line in text.splitlines() if line.startswith("rank "))
+
+    pasted = subprocess.run(["bash", "-c", line.removeprefix("command: ")], capture_output=True, text=True)
+    config.dry_run = False
+    assert launch.run(config, tmp_path / "resolved.yaml") == 0
+    assert ranks(pasted.stdout) == ranks(capfd.readouterr().out)
+    assert ranks(pasted.stdout) == [f"rank {rank} {rank} 2 29501 1 INFO 3 it's" for rank in range(2)]
 
 
 @pytest.mark.parametrize(

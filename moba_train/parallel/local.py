@@ -1,7 +1,7 @@
 """The ranks of this machine: each a process of its own, also where it is the only one.
 
-torchrun and DeepSpeed's launcher would do the same with less: they end the ranks of a killed launcher late or not at
-all, print no command that can be repeated, and cannot hand a claim on the run directory down.
+torchrun would do the same with less: killed outright, it leaves its ranks running (seen with torch 2.13), it cannot
+hand a claim on the run directory down, and a rank that fails is told in a page of its own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The ranks of other machines, over ssh: on each, one process that starts its ranks and ends them.
 
-DeepSpeed's launcher has no ssh of its own: it needs pdsh on every machine, ends a run with ``pkill -f`` of its command
-line, other runs of the user among them, and leaves the ranks of the other machines waiting in a collective when one
-machine fails. Here the life of a machine's ranks hangs on its connection: see ``node``.
+DeepSpeed's launcher has no ssh of its own but pdsh, ends a run with ``pkill -f`` of a command line that the user's
+other runs share, and leaves the ranks of the other machines waiting in a collective when one machine fails. Here the
+life of a machine's ranks hangs on its connection: see ``node``. Where it has to be DeepSpeed's, it takes the same
+hostfile and worker: ``deepspeed --hostfile HOSTS --module moba_train.worker --config RUN/resolved.yaml``.
 """
 
 from __future__ import annotations
