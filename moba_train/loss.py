@@ -16,6 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from moba_train.layers.add_product import add_product
 from moba_train.layers.cross_entropy import IGNORE, losses_and_gradient
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class _ScaledLoss(torch.autograd.Function):
             losses_tile.copy_(losses_)
             # The scale goes into the product's own fp32, so that bf16 rounds once.
             torch.addmm(grad_tile, gradient, weight, beta=0, alpha=scale, out=grad_tile)
-            grad_weight += gradient.t() @ tile
+            add_product(grad_weight, gradient.t(), tile)
         ctx.gradients = (grad_hidden, grad_weight.mul_(scale).to(weight.dtype))
         ctx.mark_non_differentiable(losses)
         return losses.sum() * scale, losses

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+# The layers of a model cut the same bounds the same way; some twenty small operators each time.
+_CUTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,18 @@ def cut(cu_seqlens: Tensor, block_size: int, tokens: int) -> Blocks:
 
     Returns:
         Blocks with room for N = tokens // block_size + S, the most that S segments can have. On the CPU, where reading
-        a value costs nothing, N is the real number.
+        a value costs nothing, N is the real number. The same object for the same arguments, as long as they live.
     """
+    if cu_seqlens.is_inference():  # has no version by which a change would show
+        return _cut(cu_seqlens, block_size, tokens)
+    known = _CUTS.setdefault(cu_seqlens, {})
+    arguments = (block_size, tokens, cu_seqlens._version)
+    if arguments not in known:
+        known[arguments] = _cut(cu_seqlens, block_size, tokens)
+    return known[arguments]
+
+
+def _cut(cu_seqlens: Tensor, block_size: int, tokens: int) -> Blocks:
     segments = len(cu_seqlens) - 1
     starts = cu_seqlens[:-1].long()
     counts = (cu_seqlens.long().diff() + block_size - 1) // block_size

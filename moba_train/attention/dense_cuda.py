@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from moba_train.attention.keeping import keep_operator
 from moba_train.attention.routing import Routes
 
 
@@ -84,7 +85,8 @@ def one_segment(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tens
     """Dense causal attention of one segment, shapes as in ``reference``: cuDNN's kernel, the fastest on recent GPUs but
     without packed bounds, and FlashAttention-2 where cuDNN refuses."""
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+    fastest = sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True)
+    with fastest, keep_operator("aten::_scaled_dot_product"):
         out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1)
 

@@ -18,6 +18,7 @@ from torch.nn.functional import embedding_bag
 from moba_train.attention import dense_cpu, dense_cuda
 from moba_train.attention.blocks import cut
 from moba_train.attention.gate import choose
+from moba_train.attention.keeping import ATTENTION, CHOICES, keep
 from moba_train.attention.routing import route
 from moba_train.attention.spec import AttentionSpec
 
@@ -44,10 +45,9 @@ def varlen(
 
 @torch.library.custom_op("moba_train::varlen_choose", mutates_args=())
 def varlen_choose(query: Tensor, key: Tensor, cu_seqlens: Tensor, block_size: int, top_k: int) -> Tensor:
-    """The gate as an operator of its own: a selective checkpointing policy that saves its output, (T, H, top_k - 1)
-    small integers, spares the recomputation the gate."""
+    """The gate as an operator of its own: (T, H, top_k - 1) small integers."""
     blocks = cut(cu_seqlens, block_size, len(query))
-    return choose(query, key, blocks, AttentionSpec("moba", block_size, top_k))
+    return keep(CHOICES, lambda: choose(query, key, blocks, AttentionSpec("moba", block_size, top_k)))
 
 
 def refuses(query: Tensor, key: Tensor, spec: AttentionSpec) -> str | None:
@@ -63,15 +63,19 @@ def refuses(query: Tensor, key: Tensor, spec: AttentionSpec) -> str | None:
     return None
 
 
-# Both passes are operators, so that a checkpointing policy can keep their output and log-sum-exp.
+# Both kinds are operators: what they give is kept for a second computation below autograd (``keeping``).
 @torch.library.custom_op("moba_train::varlen_full", mutates_args=())
 def varlen_full(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output (T, H, D) and log-sum-exp (T, H) of dense causal attention within segments."""
-    dense, inputs = _dense(query, key, value)
-    out, lse = dense.causal_forward(*inputs, cu_seqlens, max_seqlen, scale)
-    return out.to(query.dtype), lse
+
+    def compute() -> tuple[Tensor, Tensor]:
+        dense, inputs = _dense(query, key, value)
+        out, lse = dense.causal_forward(*inputs, cu_seqlens, max_seqlen, scale)
+        return out.to(query.dtype), lse
+
+    return keep(ATTENTION, compute)
 
 
 @torch.library.custom_op("moba_train::varlen_full_backward", mutates_args=())
@@ -97,6 +101,12 @@ def varlen_moba(
     query: Tensor, key: Tensor, value: Tensor, choices: Tensor, bounds: Tensor, block_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output (T, H, D) and log-sum-exp (T, H) of attention to the own and the chosen blocks."""
+    return keep(ATTENTION, lambda: _moba_forward(query, key, value, choices, bounds, block_size, scale))
+
+
+def _moba_forward(
+    query: Tensor, key: Tensor, value: Tensor, choices: Tensor, bounds: Tensor, block_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
     dense, (q, k, v) = _dense(query, key, value)
     keys = dense.RoutedKeys(k, v, bounds, block_size, scale)
     merged = query.new_empty(query.shape)

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from moba_train.layers.add_product import add_product
+
 _MAPS = ("gate_proj", "up_proj", "down_proj")
 
 Gated = Callable[[Tensor, Tensor], Tensor]
@@ -113,7 +115,7 @@ def _add_gradients(sums: list[Tensor | None], index: int, grad: Tensor, inputs: 
     """Add a linear map's gradients of weight and bias."""
     weight, bias = sums[index], sums[index + len(_MAPS)]
     assert weight is not None
-    weight += grad.t() @ inputs
+    add_product(weight, grad.t(), inputs)
     if bias is not None:
         bias += grad.sum(0)
 

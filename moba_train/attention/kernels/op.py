@@ -1,8 +1,8 @@
 """The ``triton`` backend: the kernels as PyTorch operators, so that autograd, torch.compile and checkpointing see them.
 
-Two operators, because the choices are worth keeping: a selective checkpointing policy that saves the output of
-``moba_train::choose`` spares the recomputation its gate. ``moba_train::attend`` routes them and attends. Operators take
-tensors alone, so the fields of ``Blocks`` are arguments of their own.
+Two operators, because the choices are worth keeping (``keeping``): ``moba_train::choose`` makes them, and
+``moba_train::attend`` routes them and attends. Operators take tensors alone, so the fields of ``Blocks`` are
+arguments of their own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from moba_train.attention.blocks import Blocks, cut
+from moba_train.attention.keeping import ATTENTION, CHOICES, keep
 from moba_train.attention.kernels import launch
 from moba_train.attention.kernels.pool import pool
 from moba_train.attention.kernels.select import choice_type, select
@@ -33,7 +34,8 @@ def choose(
         shape = (kv_heads, tokens, heads // kv_heads, 0)
         return torch.empty(shape, dtype=choice_type(tokens, block_size), device=query.device)
     blocks = Blocks(bounds, first, of_token)
-    return select(query.contiguous(), *pool(key.contiguous(), blocks), blocks, block_size, top_k - 1)
+    query, key = query.contiguous(), key.contiguous()
+    return keep(CHOICES, lambda: select(query, *pool(key, blocks), blocks, block_size, top_k - 1))
 
 
 @choose.register_fake
@@ -59,7 +61,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """(out (T, H, D), log-sum-exp (K, T * G)) of attention to the chosen blocks and the own one."""
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    return launch.attend(query, key, value, Blocks(bounds, first, of_token), choices.contiguous(), block_size, scale)
+    blocks = Blocks(bounds, first, of_token)
+    return keep(ATTENTION, lambda: launch.attend(query, key, value, blocks, choices.contiguous(), block_size, scale))
 
 
 @attend.register_fake

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import triton
@@ -137,6 +138,7 @@ def _fit(kernel: str, config: Config, row_bytes: int, shared: int) -> Config:
     return config
 
 
+@cache  # Triton asks the driver for clock rates along with it, which takes milliseconds
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program on ``device`` may use."""
     if device.type != "cuda":  # the interpreter
