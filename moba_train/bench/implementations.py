@@ -15,7 +15,7 @@ from moba_train.attention.blocks import Blocks, cut
 from moba_train.attention.gate import choose
 from moba_train.attention.varlen import varlen_moba
 from moba_train.bench.cases import Case
-from moba_train.bench.check import Judge, Results
+from moba_train.bench.check import FOREIGN, TOLERANCE, Judge, Results
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key, value -> out, packed
 
@@ -89,7 +89,8 @@ def judge_dense(case: Case, tensors: list[Tensor], found: Results) -> Judge:
     """Dense attention: every sequence is one block."""
     blocks = cut(case.cu_seqlens(tensors[0].device), case.length, case.tokens)
     choices = torch.empty(case.tokens, case.heads, 0, dtype=torch.int16, device=tensors[0].device)
-    return Judge(tensors, found, blocks, choices, case.length, case.scale)
+    tolerance = FOREIGN * TOLERANCE[tensors[0].dtype]
+    return Judge(tensors, found, blocks, choices, case.length, case.scale, tolerance=tolerance)
 
 
 @torch.no_grad()
