@@ -18,7 +18,7 @@ from moba_train.bench.steps import KERNELS, limits_ms, must_do, step_rows
 def kernels() -> set[str]:
     """Every function that the kernels' files launch: those of Triton's whose names end so."""
     found = set()
-    for file in (Path(attention.__file__).parent / "kernels").glob("*.py"):
+    for file in (Path(attention.__file__).parent / "kernels").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name.endswith("kernel"):
                 assert any("jit" in ast.unparse(d) for d in node.decorator_list), node.name
