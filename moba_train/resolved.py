@@ -28,6 +28,7 @@ RESUMABLE = (
     "launch.",
     "checkpoint.",
     "train.log_every",
+    "train.nonfinite_limit",
     "train.sequence_parallel_size",
     "train.zero_stage",
     "train.offload.",

@@ -38,6 +38,7 @@ from moba_train.profiler import StepProfiler
 from moba_train.rope import rope_parameters, set_rope
 from moba_train.runtime import Runtime, log, seed_everything
 from moba_train.schedule import Schedule, Stage, build_schedule
+from moba_train.skipped import SkippedSteps
 from moba_train.tracking import Tracker, format_progress
 from moba_train.validate import micro_batch_rows
 
@@ -60,6 +61,7 @@ class Run:
     own_time: OwnTime
     interruption: Interruption
     watchdog: Watchdog
+    skipped: SkippedSteps
     own_rope: dict[str, Any]  # rope_parameters as loaded, before any stage
     step: int = 0  # optimizer steps done
     seconds_before: float = 0.0  # of the processes that this one goes on from
@@ -94,7 +96,7 @@ def build(config: Config, folder: Path, runtime: Runtime) -> Run:
     stores = prepare_store(config.data, tokenizer_path(config.model), progress=False)
     store, heldout = (TokenStore.open(stores / split) for split in ("train", "heldout"))
     newest = checkpoint.newest_for_all(folder / "checkpoints", runtime)
-    state: dict[str, Any] = checkpoint.read_state(newest) if newest else {"step": 0}
+    state: dict[str, Any] = checkpoint.read_state(newest) if newest else {"step": 0, "skipped_steps": 0}
     if newest:  # before anything in the run directory is touched
         _check_stores(state, store, heldout)
     run = Run(
@@ -119,6 +121,7 @@ def build(config: Config, folder: Path, runtime: Runtime) -> Run:
         interruption=Interruption(),
         watchdog=Watchdog(runtime.rank, config.launch.timeout_minutes),
         own_rope=own_rope,
+        skipped=SkippedSteps(config.train.nonfinite_limit, state["skipped_steps"]),
         step=state["step"],
     )
     if newest:  # last of all: nothing may draw a random number between this and the next step
@@ -218,10 +221,10 @@ def rope_at(run: Run, stage: Stage) -> dict[str, Any]:
 
 
 def optimize(run: Run) -> dict[str, float]:
-    """One optimizer step over ``tokens_per_step`` tokens.
+    """One optimizer step over ``tokens_per_step`` tokens; without an update where loss or gradient are not finite.
 
     Raises:
-        FloatingPointError: the loss is not finite; parameters are still those of the step before.
+        FloatingPointError: the last of ``train.nonfinite_limit`` such steps in a row.
     """
     assert run.stage is not None
     run.watchdog.beat(f"step {run.step + 1}")
@@ -243,14 +246,10 @@ def optimize(run: Run) -> dict[str, float]:
         if index == len(batches) - 1:
             run.bins.all_reduce()
             row = run.bins.as_row("train", curve=_due(run.step + 1, run.config.position_loss.log_every))
-            if not math.isfinite(row["train/loss"]):
-                raise FloatingPointError(
-                    f"the loss of step {run.step + 1} is {row['train/loss']}: lower schedule.learning_rate.peak, or "
-                    f"look at the data of this step; resume goes on from the last checkpoint"
-                )
         norm = step_engine(run.engine, run.config.train)
     run.throughput.step(run.schedule.tokens_per_step, cost)
-    return {**row, "train/gradient_norm": norm}
+    run.skipped.note(run.step + 1, row["train/loss"], norm)
+    return {**row, "train/gradient_norm": norm, "train/skipped_steps": run.skipped.total}
 
 
 def step_totals(run: Run, batches: list[Batch]) -> tuple[int, StepCost]:
@@ -328,6 +327,7 @@ def save(run: Run) -> None:
         "seconds": run.seconds,
         "training_tokens_and_seconds": [run.throughput.tokens, run.throughput.seconds],
         "arithmetic": _arithmetic(run.runtime),
+        "skipped_steps": run.skipped.total,
     }
     with run.throughput.pause():
         checkpoint.save(run.checkpoints, run.engine, state, run.config.checkpoint.keep, run.runtime)

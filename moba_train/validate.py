@@ -63,6 +63,7 @@ def _ranges(config: Config) -> None:
         "train.sequence_parallel_size": (config.train.sequence_parallel_size, 1),
         "train.loss_tile_tokens": (config.train.loss_tile_tokens, 1),
         "train.mlp_tile_tokens": (config.train.mlp_tile_tokens, 0),
+        "train.nonfinite_limit": (config.train.nonfinite_limit, 1),
         "train.log_every": (config.train.log_every, 1),
         "train.gradient_clipping": (config.train.gradient_clipping, 0),
         "position_loss.bin_size": (config.position_loss.bin_size, 1),

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 
 import torch
@@ -61,7 +62,11 @@ def plain() -> dict:
         norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), LIMIT)))
         optimizer.step()
         optimizer.zero_grad()
-    return {"norms": norms, "weights": flat(module)}
+    weights = flat(module)
+    module(micro_batch(9, 1), 1.0).backward()
+    norm = float(nn.utils.clip_grad_norm_(module.parameters(), LIMIT))
+    optimizer.step()
+    return {"norms": norms, "weights": weights, "after": {"norm": norm, "weights": flat(module)}}
 
 
 def flat(module: nn.Module) -> list[float]:
@@ -69,6 +74,12 @@ def flat(module: nn.Module) -> list[float]:
 
     with deepspeed.zero.GatheredParameters(list(module.parameters())):
         return torch.cat([parameter.detach().float().flatten() for parameter in module.parameters()]).tolist()
+
+
+def base_state(engine) -> list[torch.Tensor]:
+    """This rank's share of the moments, and its counts of steps."""
+    base = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return [value.clone() for state in base.state.values() for value in state.values()]
 
 
 def engines_own(train: TrainConfig) -> dict:
@@ -89,14 +100,20 @@ def engines_own(train: TrainConfig) -> dict:
         norms.append(norm)
     facts = {"norms": norms, "weights": flat(engine.module), "training": engine.module.training}
 
+    # A step whose first pass has an infinite loss, then one like any other.
+    set_accumulation(engine, 2)
+    moments = base_state(engine)
+    for index, scale in enumerate((math.inf, 1.0)):
+        backward(engine, engine(micro_batch(9, index).to(dtype), scale))
+        norm = step_engine(engine, train)
+    facts["skipped"] = {
+        "finite": math.isfinite(norm),
+        "weights": flat(engine.module),
+        "moments": len(moments) > 2 and all(map(torch.equal, moments, base_state(engine))),
+    }
     set_accumulation(engine, 1)
-    backward(engine, engine(micro_batch(9, 0).to(dtype), float("inf")))
-    try:
-        step_engine(engine, train)
-        facts["refusal"] = ""
-    except FloatingPointError as error:
-        facts["refusal"] = str(error)
-    facts["weights_after_refusal"] = flat(engine.module)
+    backward(engine, engine(micro_batch(9, 1).to(dtype), 1.0))
+    facts["after"] = {"norm": step_engine(engine, train), "weights": flat(engine.module)}
     finish()
     return facts
 

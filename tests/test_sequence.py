@@ -88,6 +88,15 @@ CASES = {
         *(case(f"2 ranks, ZeRO {stage}", 2, stage) for stage in (0, 1, 2, 3)),
         case("2 ranks, 1 kv head", 2, 0, 1),
         case("2 ranks, checkpointed, ZeRO 3", 2, 3, 4, activation_checkpointing=True),
+        case(
+            "2 ranks, tiled, attention kept, ZeRO 1",
+            2,
+            1,
+            4,
+            activation_checkpointing=True,
+            keep_attention=True,
+            mlp_tile_tokens=50,
+        ),
     ],
     4: [
         *(case(f"4 ranks, ZeRO {stage}", 4, stage) for stage in (0, 1, 2, 3)),

@@ -16,7 +16,7 @@ FLOORS = [
     "config durable embedded redact metrics_file attention",
     "layers offload",
     "runtime cost loss rope optimizer data resolved validate hf_attention recompute key_conv_folder",
-    "schedule tracking model metrics fetch observe profiler",
+    "schedule tracking model metrics fetch observe profiler skipped",
     "batch parallel export summary report",
     "checkpoint",
     "assemble evaluate preflight plan bench",

@@ -45,6 +45,7 @@ OUT_OF_RANGE = [
     ("train.sequence_parallel_size", 0),
     ("train.mlp_tile_tokens", -1),
     ("train.log_every", 0),
+    ("train.nonfinite_limit", 0),
     ("train.gradient_clipping", math.nan),
     ("train.zero_stage", 4),
     ("position_loss.bin_size", 0),

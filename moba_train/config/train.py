@@ -68,5 +68,6 @@ class TrainConfig:
     gradient_dtype: Precision = Precision.fp32  # in which gradients of micro-batches add up; bf16 loses small ones
     reduction_dtype: Precision | None = None  # in which ranks add up gradients; None: as train.precision
     fused_kernels: FusedKernels = FusedKernels.auto
+    nonfinite_limit: int = 5  # steps in a row skipped for a loss or gradient that is not finite, which end the run
     log_every: int = 1  # steps
     profile_steps: list[int] = field(default_factory=list)  # [first, last] to trace into <run>/profile, counted from 1

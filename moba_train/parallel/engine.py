@@ -85,18 +85,18 @@ def set_accumulation(engine, micro_batches: int) -> None:
 def backward(engine, loss: torch.Tensor) -> None:
     """Add the gradients of ``loss``, an output of the engine's forward pass, to those of the step, as they are."""
     # DeepSpeed divides the gradients of the module's own outputs by the number of passes, unless they are reached
-    # through another tensor.
-    engine.backward(loss.clone(), scale_wrt_gas=False)
+    # through another tensor. A loss that is not finite may have gradients that are: they become NaN, on all ranks once
+    # reduced, so that the step is skipped as one with such gradients is.
+    sound = torch.where(loss.detach().isfinite(), 1.0, math.nan)
+    engine.backward(loss * sound, scale_wrt_gas=False)
 
 
 def step_engine(engine, train: TrainConfig) -> float:
     """End a micro-batch; at the last of a step, clip and update.
 
     Returns:
-        The global gradient norm before clipping at the step's end, NaN before that.
-
-    Raises:
-        FloatingPointError: on all ranks, where the norm is not finite; nothing was updated.
+        The global gradient norm before clipping at the step's end, NaN before that. Where it is not finite, which it
+        is on all ranks or on none, parameters and moments stay as they were.
     """
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
@@ -104,21 +104,15 @@ def step_engine(engine, train: TrainConfig) -> float:
     if _clips_itself(train):
         limit = train.gradient_clipping or math.inf
         norm = float(nn.utils.clip_grad_norm_(engine.module.parameters(), limit))
-        _refuse_infinite(norm)
-        engine.step()
+        if math.isfinite(norm):
+            engine.step()
+        else:
+            engine.zero_grad()
+            engine.micro_steps += 1
     else:
         engine.step()  # skips the update itself where the norm is not finite
         norm = float(engine.get_global_grad_norm())
-        _refuse_infinite(norm)
     return norm
-
-
-def _refuse_infinite(norm: float) -> None:
-    if not math.isfinite(norm):
-        raise FloatingPointError(
-            f"the gradient norm is {norm} and the loss is finite: lower schedule.learning_rate.peak; "
-            f"run.resume=auto goes on from the last checkpoint"
-        )
 
 
 def _clips_itself(train: TrainConfig) -> bool:

@@ -1,0 +1,70 @@
+"""Runs in which a loss or a gradient of rank 1 is not finite: a script for both ranks.
+
+python skipped_facts.py RESOLVED FOLDER    # FOLDER/<what>_<ZeRO stage> are the runs, FOLDER/limit.json the last words
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from moba_train import resolved, train
+from moba_train.config import Config
+from moba_train.runtime import finish, start
+
+
+def planted(what: str, steps: tuple[int, ...], run_of: list[train.Run]):
+    """``train.backward`` with a fault on rank 1: of the first pass of these steps, the loss is infinite, or all
+    gradients of one parameter are NaN."""
+    real, seen = train.backward, set()
+
+    def backward(engine, loss: torch.Tensor) -> None:
+        run = run_of[0]
+        step = run.step + 1
+        if run.runtime.rank != 1 or step not in steps or step in seen:
+            real(engine, loss)
+            return
+        seen.add(step)
+        if what == "loss":
+            real(engine, loss + math.inf)  # whose own gradient is 0
+            return
+        parameter = next(engine.module.parameters())
+        handle = parameter.register_hook(lambda gradient: torch.full_like(gradient, math.nan))
+        real(engine, loss)
+        handle.remove()
+
+    return backward
+
+
+def main(config: Config, folder: Path) -> None:
+    runtime = start(config.launch)
+    config.checkpoint.every_steps, config.checkpoint.keep = 1, 9
+    real = train.backward
+    for what, stage, steps, limit in [
+        ("none", 0, (), 5),
+        *((what, stage, (3, 4), 3) for what in ("loss", "gradient") for stage in (0, 2)),
+        ("limit", 2, (3, 5, 6), 2),
+    ]:
+        own = copy.deepcopy(config)
+        own.train.zero_stage, own.train.nonfinite_limit = stage, limit
+        where = folder / f"{what}_{stage}"
+        where.mkdir(exist_ok=True)
+        runs: list[train.Run] = [train.build(own, where, runtime)]
+        train.backward = planted(what if what == "gradient" else "loss", steps, runs)
+        try:
+            train.train(runs[0])
+        except FloatingPointError as error:
+            (folder / f"limit_{runtime.rank}.json").write_text(json.dumps(str(error)))
+            runs[0].watchdog.stop()
+        train.backward = real
+        runs[0].engine.destroy()
+    finish()
+
+
+if __name__ == "__main__":
+    main(resolved.load(Path(sys.argv[1])), Path(sys.argv[2]))
