@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def runs(tiny_config_module: Config, tmp_path_factory) -> Path:
 def test_all_ranks_skip_what_is_not_finite_on_one(runs: Path, what: str, zero_stage: int) -> None:
     checkpoints = runs / f"{what}_{zero_stage}" / "checkpoints"
     states = [checkpoint_tensors(checkpoints / f"step_{step:08d}") for step in range(2, 7)]
-    same = [all(torch.equal(before[key], after[key]) for key in before) for before, after in zip(states, states[1:])]
+    same = [all(torch.equal(before[key], after[key]) for key in before) for before, after in pairwise(states)]
     assert same == [True, True, False, False], "steps 3 and 4 update nothing, moments included; 5 and 6 do"
 
     rows = [row for row in read_rows(runs / f"{what}_{zero_stage}/metrics.jsonl") if "train/loss" in row]

@@ -120,12 +120,12 @@ def run_faulty(fault: str, config: Config, folder: Path) -> subprocess.Completed
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_saved(tiny_config: Config, tmp_path: Path) -> None:
-    tiny_config.checkpoint.every_steps = 1
+    tiny_config.checkpoint.every_steps = tiny_config.train.nonfinite_limit = 1
     folder = tmp_path / "run"
     done = run_faulty("next(engine.module.parameters()).grad.fill_(float('nan'))", tiny_config, folder)
     assert done.returncode == 3, done.stderr
     (line,) = error_lines(done.stderr)
-    assert "gradient norm is nan" in line and "learning_rate.peak" in line
+    assert "step 3 was skipped" in line and "gradient norm nan" in line and "learning_rate.peak" in line
     newest = newest_whole(folder / "checkpoints")
     assert newest is not None and newest.name == "step_00000002"
 
