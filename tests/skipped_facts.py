@@ -1,6 +1,6 @@
 """Runs in which a loss or a gradient of rank 1 is not finite: a script for both ranks.
 
-python skipped_facts.py RESOLVED FOLDER    # FOLDER/<what>_<ZeRO stage> are the runs, FOLDER/limit.json the last words
+    python skipped_facts.py RESOLVED FOLDER    # the runs are FOLDER/<what>_<ZeRO stage>, last words limit_<rank>.json
 """
 
 from __future__ import annotations
