@@ -1,6 +1,8 @@
 """Runs in which a loss or a gradient of rank 1 is not finite: a script for both ranks.
 
-    python skipped_facts.py RESOLVED FOLDER    # the runs are FOLDER/<what>_<ZeRO stage>, last words limit_<rank>.json
+    python skipped_facts.py RESOLVED FOLDER
+
+The runs are FOLDER/<what>_<ZeRO stage>; the last words of the one that ends are FOLDER/limit_<rank>.json.
 """
 
 from __future__ import annotations
