@@ -23,6 +23,17 @@ def assemble(model: PreTrainedModel, config: Config, runtime: Runtime) -> Any:
         deepspeed.DeepSpeedEngine around TokenLosses(model), on the runtime's device.
 
     Raises:
+        ValueError: as ``with_switches``.
+    """
+    losses = with_switches(model, config, runtime)
+    in_one_pass = runtime.device.type == "cuda" or config.train.offload.optimizer is not OffloadDevice.none
+    return build_engine(losses, build_optimizer(losses, config.optimizer, in_one_pass), config.train, runtime)
+
+
+def with_switches(model: PreTrainedModel, config: Config, runtime: Runtime) -> TokenLosses:
+    """The model and its loss, computed as ``config.train`` says.
+
+    Raises:
         ValueError: a switch that the model or the device has no use for.
     """
     train = config.train
@@ -34,6 +45,4 @@ def assemble(model: PreTrainedModel, config: Config, runtime: Runtime) -> Any:
     if train.activation_checkpointing:
         offload = HiddenStateOffload(runtime.device) if train.offload.hidden_states else None
         checkpoint_activations(model, train.keep_attention, offload)
-    losses = TokenLosses(model, train.loss_tile_tokens, fused)
-    in_one_pass = runtime.device.type == "cuda" or train.offload.optimizer is not OffloadDevice.none
-    return build_engine(losses, build_optimizer(losses, config.optimizer, in_one_pass), train, runtime)
+    return TokenLosses(model, train.loss_tile_tokens, fused)

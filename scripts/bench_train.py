@@ -2,7 +2,7 @@
 
 Whole optimizer steps through ``train.optimize`` and DeepSpeed, of models with random weights on random tokens, one row
 one segment. Dense is the kind ``full``: torch's attention with cuDNN. Where a dense step would take minutes, attention
-of one layer is timed and multiplied by the layers, the rest of the step taken from MoBA's; the table marks it (*).
+of a quarter of one layer's heads is timed and multiplied, the rest of the step taken from MoBA's; marked (*).
 Utilisation counts the model's operations alone, MoBA's with the keys that it reads, over the data sheet's peak.
 """
 
@@ -12,6 +12,7 @@ import argparse
 import copy
 import gc
 import json
+import math
 import statistics
 import sys
 import time
@@ -27,7 +28,7 @@ from bench_train_profile import breakdown
 from omegaconf import OmegaConf
 
 from moba_train import hf_attention, train
-from moba_train.assemble import assemble
+from moba_train.assemble import assemble, with_switches
 from moba_train.attention import AttentionSpec, full_attention, moba_attention
 from moba_train.config import Config, ModelConfig, TrainConfig
 from moba_train.data.loader import Batch
@@ -35,10 +36,13 @@ from moba_train.embedded import folder
 from moba_train.metrics import PositionLoss, Throughput, peak_flops
 from moba_train.model import load_model
 from moba_train.observe import OwnTime
+from moba_train.offload import HostMemory
 from moba_train.parallel.engine import set_accumulation
 from moba_train.runtime import Runtime, finish, seed_everything, start
 
 FULL = AttentionSpec("full")
+LONGEST_PROFILE = 10  # seconds of a step
+HEADS_SHARE = 4  # of a layer's heads, one in as many is timed; their work is independent and fills the GPU by far
 SMOLLM2 = {  # SmolLM2-135M
     "model_type": "llama",
     "vocab_size": 49152,
@@ -69,6 +73,7 @@ class Case:
     warm: int = 1
     switches: dict[str, Any] = field(default_factory=dict)  # of ``train``
     dense_layer: bool = False  # time one layer's dense attention in the place of dense steps
+    gradients_only: bool = False
     profile: bool = False
 
 
@@ -78,6 +83,17 @@ LONG = {**CHECKPOINTED, "mlp_tile_tokens": 32768}
 
 CASES = [
     Case("tiny", "tiny", 1024, (FULL, moba(128, 3)), switches={**KEPT, "mlp_tile_tokens": 100}, profile=True),
+    Case(
+        "tiny_gradients",
+        "tiny",
+        1024,
+        (moba(128, 3),),
+        warm=0,
+        steps=1,
+        switches={**LONG, "offload": {"hidden_states": True}},
+        gradients_only=True,
+    ),
+    Case("tiny_layer", "tiny", 1024, (moba(128, 3),), switches=LONG, dense_layer=True),
     Case("32k", "llama3_1b", 32768, (FULL, moba(512, 3)), switches=KEPT, profile=True),
     Case("32k_recomputed", "llama3_1b", 32768, (FULL, moba(512, 3)), switches=CHECKPOINTED, profile=True),
     Case("128k", "llama3_1b", 131072, (moba(128, 8), moba(4096, 12), FULL), steps=1, switches=KEPT, profile=True),
@@ -88,7 +104,7 @@ CASES = [
         1 << 19,
         (moba(4096, 12),),
         steps=1,
-        warm=0,
+        warm=0,  # kernels are compiled by the cases before
         switches={**LONG, "keep_attention": True},
         dense_layer=True,
     ),
@@ -111,23 +127,24 @@ SWITCHES = {  # each alone, beside activation checkpointing
     "mlp_tile_tokens=8192": {"mlp_tile_tokens": 8192},
     "offload.hidden_states": {"offload": {"hidden_states": True}},
     "offload.optimizer=cpu": {"offload": {"optimizer": "cpu"}},
-    "zero_stage=3 offload.parameters=cpu": {"zero_stage": 3, "offload": {"parameters": "cpu"}},
     "gradient_dtype=bf16": {"gradient_dtype": "bf16"},
     "fused_kernels=none": {"fused_kernels": "none"},
+    "zero_stage=3 offload.parameters=cpu": {"zero_stage": 3, "offload": {"parameters": "cpu"}},
 }
 CASES += [
     Case(f"switch {name}".strip(), "llama3_1b", 65536, (moba(512, 3),), switches={**CHECKPOINTED, **switches}, steps=1)
     for name, switches in SWITCHES.items()
 ]
-CASES.append(
+CASES.append(  # no optimizer step: its fp32 state, 128 GB with the gradients, is more than one GPU's host has
     Case(
-        "8b",
+        "8b_gradients",
         "llama3_8b",
-        131072,
+        1 << 18,
         (moba(512, 3),),
         steps=1,
         warm=0,
-        switches={**LONG, "zero_stage": 3, "gradient_dtype": "bf16", "offload": {"optimizer": "cpu"}},
+        switches={**LONG, "offload": {"hidden_states": True}},
+        gradients_only=True,
     )
 )
 
@@ -136,7 +153,7 @@ class RandomRows:
     """The loader of a step: rows of random tokens, each one segment."""
 
     def __init__(self, case: Case, vocabulary: int) -> None:
-        self._case, self._vocabulary = case, vocabulary
+        self._case, self._vocabulary, self.context = case, vocabulary, case.context
         self._generator = torch.Generator().manual_seed(0)
 
     def next_step(self, micro_batch_rows: int) -> list[Batch]:
@@ -176,8 +193,11 @@ def build(case: Case, runtime: Runtime) -> SimpleNamespace:
     seed_everything(0)
     with runtime.device:  # random weights are made where they will be: much faster
         model = load_model(config.model, config.train.precision)
-    engine = assemble(model, config, runtime)
-    set_accumulation(engine, case.rows)
+    if case.gradients_only:
+        engine: Any = with_switches(model, config, runtime)
+    else:
+        engine = assemble(model, config, runtime)
+        set_accumulation(engine, case.rows)
     return SimpleNamespace(
         config=config,
         runtime=runtime,
@@ -193,12 +213,23 @@ def build(case: Case, runtime: Runtime) -> SimpleNamespace:
     )
 
 
+def gradients(run: SimpleNamespace) -> dict[str, float]:
+    """Forward and backward pass of one batch, without an engine."""
+    batch = run.loader.next_step(1)[0]
+    loss, _ = run.engine(**train.model_inputs(batch, run.runtime), scale=1 / (run.loader.context - 1))
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in run.engine.parameters()])
+    run.engine.zero_grad()
+    return {"train/loss": loss.item(), "train/gradient_norm": float(norm)}
+
+
 def steps(run: SimpleNamespace, case: Case, attention: AttentionSpec, until: float) -> dict[str, Any]:
     """Time steps with one attention in every layer."""
     layers = run.model.config.num_hidden_layers
     hf_attention.set_plan(run.model, [attention] * layers)
     run.stage = SimpleNamespace(context_length=case.context, plan=lambda count: [attention] * count)
     device = run.runtime.device
+    step = gradients if case.gradients_only else train.optimize
     times, rates, row = [], [], {}
     for index in range(case.warm + case.steps):
         if index == case.warm and device.type == "cuda":
@@ -208,7 +239,7 @@ def steps(run: SimpleNamespace, case: Case, attention: AttentionSpec, until: flo
         run.throughput.restart()
         synchronize(device)
         began = time.perf_counter()
-        row = train.optimize(run)
+        row = step(run)
         synchronize(device)
         times.append(time.perf_counter() - began)
         rates.append(run.throughput.as_row())
@@ -235,8 +266,8 @@ def steps(run: SimpleNamespace, case: Case, attention: AttentionSpec, until: flo
             "used_bytes": total - free,
             "between_steps_bytes": torch.cuda.memory_allocated(device),
         }
-    if case.profile and time.monotonic() + 2 * seconds < until:
-        found["breakdown_seconds"] = breakdown(lambda: train.optimize(run), device)
+    if case.profile and seconds < LONGEST_PROFILE and time.monotonic() + 2 * seconds < until:
+        found["breakdown_seconds"] = breakdown(lambda: step(run), device)
     return found
 
 
@@ -252,9 +283,11 @@ def host_gb() -> float:
 
 
 def layer_seconds(case: Case, attention: AttentionSpec, device: torch.device) -> dict[str, float]:
-    """Forward, and forward and backward, of one layer's attention at the case's length."""
+    """Forward and backward of one layer's attention at the case's length: of HEADS_SHARE of its heads, multiplied."""
     shape = architecture(case.model)
-    heads, kv_heads, head_dim = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
+    share = math.gcd(HEADS_SHARE, shape["num_key_value_heads"])
+    heads, kv_heads = (shape[name] // share for name in ("num_attention_heads", "num_key_value_heads"))
+    head_dim = shape["head_dim"]
     q, k, v, d_out = (
         torch.randn(case.context, n, head_dim, device=device, dtype=torch.bfloat16)
         for n in (heads, kv_heads, kv_heads, heads)
@@ -279,7 +312,15 @@ def layer_seconds(case: Case, attention: AttentionSpec, device: torch.device) ->
         del out
         if marks[-1] - marks[0] > 20:
             break
-    return {"forward": marks[-2] - marks[-3], "backward": marks[-1] - marks[-2]}
+    return {"forward": share * (marks[-2] - marks[-3]), "backward": share * (marks[-1] - marks[-2])}
+
+
+def fill_host(case: Case, device: torch.device) -> None:
+    """Make torch's allocator hold the pinned memory of offloaded hidden states, which a first step would wait for."""
+    shape = architecture(case.model)
+    size = shape["num_hidden_layers"] * case.rows * case.context * shape["hidden_size"] * 2
+    memory = HostMemory(device)
+    del memory.take(size)[:]
 
 
 def measure(case: Case, runtime: Runtime, until: float) -> list[dict[str, Any]]:
@@ -287,6 +328,8 @@ def measure(case: Case, runtime: Runtime, until: float) -> list[dict[str, Any]]:
     common = {"case": case.name, "model": case.model, "context_length": case.context, "rows": case.rows}
     try:
         run = build(case, runtime)
+        if case.warm == 0 and run.config.train.offload.hidden_states:
+            fill_host(case, runtime.device)
         built = torch.cuda.memory_allocated() if runtime.device.type == "cuda" else 0
         rows = []
         for attention in case.attentions:
@@ -294,7 +337,8 @@ def measure(case: Case, runtime: Runtime, until: float) -> list[dict[str, Any]]:
             switches = OmegaConf.to_container(OmegaConf.structured(run.config.train), enum_to_str=True)
             rows.append({**common, "train": switches, "built_bytes": built, **row})
             show(rows[-1])
-        run.engine.destroy()
+        if not case.gradients_only:
+            run.engine.destroy()
     except torch.OutOfMemoryError as error:
         rows = [{**common, "switches": case.switches, "error": " ".join(str(error).split())[:300]}]
         show(rows[-1])
