@@ -30,7 +30,8 @@ def test_every_kernel_belongs_to_one_step() -> None:
     for kernel in kernels():
         steps = [step for step, names in KERNELS.items() if kernel.startswith(names)]
         assert len(steps) == 1, f"{kernel} belongs to {steps}: mend KERNELS and must_do in moba_train/bench/steps.py"
-    assert {name for names in KERNELS.values() for name in names} <= kernels()
+    named = {name for names in KERNELS.values() for name in names}
+    assert {name for name in named if not any(kernel.startswith(name) for kernel in kernels())} == set()
 
 
 @pytest.mark.parametrize("block_size", [16, 256])
