@@ -31,7 +31,7 @@ def resting(setup: Setup) -> Parts:
         parts["reduction bucket"] = HALF * REDUCE_BUCKET
     if not _optimizer_is_elsewhere(setup):
         parts["optimizer"] = 3 * SINGLE * count / world
-    else:  # where gradients pass through on their way to the host
+    elif stage < 3:  # where gradients pass through on their way to the host
         parts["transfer"] = HALF * largest(setup)
     return parts
 
@@ -68,7 +68,9 @@ def reduction(setup: Setup) -> Parts:
     if _optimizer_is_elsewhere(setup) or setup.train.gradient_dtype is Precision.bf16:
         sums = SINGLE if setup.train.gradient_dtype is Precision.fp32 else HALF
         return {"reduction": sums * REDUCE_BUCKET}
-    return {"reduction": (SINGLE + HALF) * some}
+    # Flattened as they are, and in the type that is sent; a single rank sends nothing.
+    sent = setup.train.reduction_dtype or (Precision.bf16 if setup.world_size > 1 else Precision.fp32)
+    return {"reduction": (SINGLE + HALF * (sent is Precision.bf16)) * some}
 
 
 def gathered(setup: Setup) -> Parts:
@@ -95,6 +97,7 @@ def on_host(setup: Setup) -> float:
     total = 0.0
     if offload.optimizer is OffloadDevice.cpu:
         total += share * (20 if setup.train.zero_stage == 3 else 18)
+        total += HALF * largest(setup) * (setup.train.zero_stage < 3)
     if offload.parameters is OffloadDevice.cpu:
         total += share * HALF
     return total

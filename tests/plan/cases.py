@@ -39,3 +39,16 @@ def recipe(architecture: dict, context: int, **train) -> Config:
 
 def setup_of(config: Config) -> Setup:
     return Setup(config, planned_shape(config.model), build_schedule(config).stages[0])
+
+
+# Few layers and no long row: what is counted of it is parameters, gradients and optimizer state.
+WIDE = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}

@@ -1,0 +1,61 @@
+"""Parameters, gradients and optimizer state: against DeepSpeed's engine on a CPU, and by hand over several ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moba_train.config import OffloadDevice, Precision
+from moba_train.plan import states
+from plan.cases import LLAMA_1B, WIDE, recipe, setup_of
+
+SCRIPT = Path(__file__).parent / "engine_states.py"
+
+
+def counted(*arguments: str) -> dict[str, int]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("stage", "offload", "gradients"),
+    [(1, "none", "fp32"), (1, "none", "bf16"), (2, "none", "fp32"), (2, "cpu", "fp32"), (3, "none", "fp32")],
+)
+def test_states_are_those_of_the_engine(stage: int, offload: str, gradients: str) -> None:
+    config = recipe(WIDE, 64, zero_stage=stage, gradient_dtype=Precision[gradients])
+    config.train.offload.optimizer = OffloadDevice[offload]
+    setup = setup_of(config)
+    everything = setup.shape.parameters
+    parts = states.resting(setup) | states.gradients(setup, everything)
+    if stage == 2:
+        del parts["reduction bucket"]  # only while gradients are made
+    found = counted(str(stage), offload, gradients)
+    assert sum(parts.values()) + states.on_host(setup) == pytest.approx(found["after"], rel=0.01)
+    if (stage, gradients) in ((1, "fp32"), (3, "fp32")):
+        reduction = sum(states.reduction(setup).values()) + sum(states.gathered(setup).values())
+        assert found["after"] + reduction == pytest.approx(found["peak"], rel=0.01)
+
+
+def test_shares_of_several_ranks_by_hand() -> None:
+    config = recipe(LLAMA_1B, 32768, tokens_per_step=32768 * 4)
+    config.launch.processes = 4
+
+    def shares(stage: int) -> dict[str, float]:
+        config.train.zero_stage = stage
+        setup = setup_of(config)
+        parts = states.resting(setup) | states.gradients(setup, setup.shape.parameters)
+        return {name: size / setup.shape.parameters for name, size in parts.items() if "bucket" not in name}
+
+    assert shares(1) == {"parameters": 2, "gradients": 6, "optimizer": 3}
+    assert shares(2) == {"parameters": 2, "gradients": 1, "optimizer": 3}
+    assert shares(3) == {"parameters": 0.5, "gradients": 1, "optimizer": 3}
