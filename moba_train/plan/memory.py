@@ -100,7 +100,7 @@ def _loss(setup: Setup) -> Parts:
 
     Where this rank has the whole output layer, gradients come with the losses, the output layer's in fp32: a fused
     kernel writes a tile's over its logits, and plain torch makes two fp32 tensors beside logits and gradient; the
-    gradient of the tile before is still there. At a tile's end a term of the output layer's gradient is made. Under
+    gradient of the tile before is still there. At the end the sum in bf16 is made beside the last tile. Under
     ZeRO-3 each tile is computed again in the backward pass: three fp32 tensors.
     """
     tile = min(setup.train.loss_tile_tokens, setup.tokens) * setup.shape.vocab_size

@@ -33,7 +33,6 @@ SMALL = LLAMA_1B | {"vocab_size": 4096}
         (LLAMA_8B, 131072, LAST, {"loss_tile_tokens": 512}),
         (SMALL, 65536, NORM, {"activation_checkpointing": False}),
         (SMALL | {"intermediate_size": 256}, 131072, LAST, {}),  # its norm
-        (SMALL, 131072, LAST, {"keep_attention": True}),
         (SMALL, 131072, LAST, {"mlp_tile_tokens": 8192}),  # its norm again
         (SMALL | {"num_hidden_layers": 8}, 2048, FIRST, {"loss_tile_tokens": 512}),
         (SMALL | {"num_hidden_layers": 8}, 8192, FIRST, {"mlp_tile_tokens": 4096}),
@@ -45,7 +44,6 @@ SMALL = LLAMA_1B | {"vocab_size": 4096}
         "8B",
         "last norm",
         "norm",
-        "attention kept",
         "MLP in tiles",
         "gradients",
         "tile",
@@ -75,6 +73,16 @@ def test_workspace_is_what_the_kernels_plan(top_k: int, context: int) -> None:
     entries = heads * tokens * 4 * (top_k - 1)
     planned = entries * (2 * 64 + plan.ENTRY_BYTES)
     assert activations.workspace(setup, setup.specs[0]) * context == pytest.approx(planned, rel=0.003)
+
+
+def test_kept_outputs_by_hand() -> None:
+    """They are kept inside the operators, which fake tensors do not enter: a layer's leave its working set."""
+    without, with_them = (
+        predict_memory(setup_of(recipe(LLAMA_1B, 131072, keep_attention=keep))).moments[LAST] for keep in (False, True)
+    )
+    outputs = 131072 * (2 * 32 * 64 + 4 * 32)
+    assert with_them["attention outputs"] == 3 * outputs
+    assert sum(with_them.values()) - sum(without.values()) == 2 * outputs
 
 
 def test_more_of_anything_takes_more() -> None:
