@@ -92,8 +92,8 @@ def check_model(config: Config, schedule: Schedule) -> None:
 
 
 def _device(launch: LaunchConfig) -> torch.device:
-    """Of the ranks. Those of other machines find theirs out; a dry run may be made anywhere."""
-    if launch.kind is LaunchKind.local and not launch.dry_run:
+    """Of the ranks; those of other machines find theirs out."""
+    if launch.kind is LaunchKind.local:
         return choose_device(launch, local_rank=0, processes=launch.world_size)
     return torch.device("cpu" if launch.device is Device.cpu else "cuda")
 

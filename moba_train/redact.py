@@ -8,8 +8,10 @@ from enum import Enum
 from typing import Any
 
 REDACTED = "<redacted>"
-# Whole words, because "tokens", "tokenizer" and "monkey" are no secrets.
-_SECRET_NAME = re.compile(r"(^|[_.\-])(token|key|apikey|credentials?)($|[_.\-])|secret|passw(or)?d", re.IGNORECASE)
+# Whole words, because "tokens", "tokenizer" and "monkey" are no secrets; and a "token_field" names a column.
+_SECRET_NAME = re.compile(
+    r"(^|[_.\-])(token|key|apikey|credentials?)($|[_.\-](?!field$))|secret|passw(or)?d", re.IGNORECASE
+)
 _SHORTEST_SECRET = 8  # shorter environment values ("1", "true") would blank unrelated text
 
 

@@ -216,6 +216,7 @@ def test_redaction_is_by_word_and_by_value(monkeypatch):
         "PASSWORD": "c",
         "client_secret": "d",
         "tokenizer": "t.json",
+        "token_field": "input_ids",
         "tokens_per_step": 1,
         "pad_token_id": 0,
         "keys": "k",

@@ -78,12 +78,12 @@ def run_one(config: Config) -> tuple[Path, int]:
     from moba_train.schedule import build_schedule
 
     schedule = build_schedule(config)
-    preflight.check_model(config, schedule)
     folder = run_folder(config)
-    preflight.check_folder(config, folder)  # before the data is tokenised, which may take hours
-    if config.launch.dry_run:
+    if config.launch.dry_run:  # on whatever machine: the model, the data and the GPUs may be on others
         with preflight.open_folder(config, folder):
             return folder, launch.run(config.launch, folder / resolved.FILE)
+    preflight.check_model(config, schedule)
+    preflight.check_folder(config, folder)  # before the data is tokenised, which may take hours
     launch.check(config.launch)
     checkpoint.newest_whole(folder / "checkpoints")  # each process would find them all damaged, and say so
     for stage in schedule.stages:

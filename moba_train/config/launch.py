@@ -53,7 +53,7 @@ class LaunchConfig:
     port: int = 0  # of the rendezvous, on the first node; 0: any free one
     timeout_minutes: float = 30.0  # of a collective operation, and of a step's part without progress: the run ends
     environment: dict[str, str] = field(default_factory=dict)  # of every process: +launch.environment.NAME=VALUE
-    dry_run: bool = False  # write resolved.yaml, print the exact command, start nothing
+    dry_run: bool = False  # check and write the settings, print the exact command, start nothing
     hostfile: str | None = None  # DeepSpeed's format, a line a machine: HOST slots=N
     ssh_options: list[str] = field(default_factory=list)  # arguments of every ssh: [-p, "2222", -i, KEY]
     python: str | None = None  # on the other machines; None: this command's own path
