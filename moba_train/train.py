@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,10 @@ class Run:
     stage: Stage | None = None
     loader: RowLoader = field(init=False)  # of the stage
     bins: PositionLoss = field(init=False)  # of the stage
+
+    @cached_property
+    def shape(self) -> DecoderShape:
+        return DecoderShape.from_config(self.model.config)
 
     @property
     def tokens(self) -> int:
@@ -257,8 +262,8 @@ def step_totals(run: Run, batches: list[Batch]) -> tuple[int, StepCost]:
     assert run.stage is not None
     lengths = np.concatenate([np.diff(batch.cu_seqlens.numpy()) for batch in batches])
     cost = step_cost(
-        DecoderShape.from_config(run.model.config),
-        run.stage.plan(run.model.config.num_hidden_layers),
+        run.shape,
+        run.stage.plan(run.shape.layers),
         lengths,
         activation_checkpointing=run.config.train.activation_checkpointing,
         keep_attention=run.config.train.keep_attention,
