@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moba_train.config import Config
+from moba_train.data.tokens import prepare_store
 from moba_train.metrics_file import read_rows
 from tiny import checkpoint_tensors, run_worker
 
@@ -31,6 +33,8 @@ def test_rows_tell_the_whole_run(finished: Path) -> None:
     assert [row["tokens"] for row in steps] == [512 * n for n in range(1, 7)]
     assert [row["stage"] for row in steps] == ["moba"] * 4 + ["full"] * 2
     assert all({"train/trailing_loss", "train/gradient_norm", "perf/tokens_per_second"} <= row.keys() for row in steps)
+    drawn = {"data/epoch", "data/padding", "data/epoch/train", "data/share/train", "perf/data_seconds"}
+    assert all(drawn <= row.keys() for row in steps)
     assert [row["perf/sparsity"] for row in steps] == [0.75] * 4 + [0.0] * 2
     points = [(row["eval/point"], row["step"]) for row in rows if "eval/point" in row]
     assert points == [("start", 0), ("moba", 4), ("full", 6)]
@@ -69,6 +73,33 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         return [(row["step"], row.get("train/loss"), row.get("eval/loss")) for row in read_rows(run / "metrics.jsonl")]
 
     assert losses(folder) == losses(finished)
+
+
+def test_a_resumed_run_needs_its_store_and_not_its_documents(
+    finished: Path, tiny_config_module: Config, tmp_path: Path
+) -> None:
+    """Documents that are gone: it goes on from the store. Other documents since the save: refused, nothing touched."""
+    config = copy.deepcopy(tiny_config_module)
+    documents = tmp_path / "documents"
+    shutil.copytree(config.data.train[0].path, documents)
+    config.data.train[0].path, config.data.store_dir = str(documents), str(tmp_path / "store")
+    prepare_store(config.data, str(config.model.tokenizer), progress=False)
+    documents.rename(tmp_path / "away")
+    folder = tmp_path / "run"
+    shutil.copytree(finished / "checkpoints" / "step_00000004", folder / "checkpoints" / "step_00000004")
+    done = run_worker(config, folder)
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step 4" in done.stderr
+
+    (tmp_path / "away").rename(documents)
+    first = min(documents.iterdir())
+    first.write_text(first.read_text()[::-1])
+    config.data.rebuild = True
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.suffix in (".json", ".jsonl")}
+    done = run_worker(config, folder)
+    assert done.returncode != 0
+    assert "is not the one this run was started on (its tokens differ): restore the documents" in done.stderr
+    assert (folder / "metrics.jsonl").read_bytes() == before[folder / "metrics.jsonl"]
 
 
 def test_the_export_loads_without_this_package(finished: Path) -> None:
