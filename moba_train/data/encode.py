@@ -13,8 +13,10 @@ import numpy as np
 
 from moba_train.data.tokenizer import Tokenizer
 
-# A batch's encodings take about 40 bytes a character while they exist; three batches exist at a time.
+# A batch's encodings take about 40 bytes a character while they exist; two batches are encoded at a time. The others
+# that wait, as texts or as ids, take little; they keep the cores busy while a file is opened or a shard flushed.
 BATCH_CHARACTERS = 1 << 20
+WAITING = 8  # batches
 BATCH_RECORDS = 10_000
 PIECE_CHARACTERS = 1 << 15  # small, so that one long document keeps every core busy
 CUT = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
@@ -41,7 +43,7 @@ def encode(records: Iterator[tuple[T, str | np.ndarray]], tokenizer: Tokenizer) 
 
         for batch in _batches(records, tokenizer.cuts_between_words()):
             waiting.append((pool.submit(_encode, tokenizer, batch.pieces), batch))
-            if len(waiting) > 2:
+            if len(waiting) > WAITING:
                 yield from take()
         while waiting:
             yield from take()
