@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from moba_train import resolved
+from moba_train import resolved, worker
 from moba_train.config import Config
 from moba_train.metrics_file import read_rows
 from moba_train.parallel.watchdog import EXIT_CODE
@@ -49,7 +49,7 @@ sys.exit(worker.main())
 LAUNCHER = """
 import sys
 from pathlib import Path
-from moba_train import resolved
+from moba_train import resolved, worker
 from moba_train.parallel import launch, local
 local.command = lambda file: [sys.executable, "-c", sys.argv[2], "--config", str(file)]
 file = Path(sys.argv[1])
@@ -79,6 +79,19 @@ def test_a_rank_that_hangs_says_where() -> None:
     first, *stacks = done.stderr.splitlines()
     assert f"rank 3 on {socket.gethostname()}" in first and "step 3" in first and "launch.timeout_minutes" in first
     assert any("where_it_hangs" in line for line in stacks)
+
+
+@pytest.mark.parametrize(
+    ("rank", "machines", "place"),
+    [(0, 1, ""), (1, 1, "rank 1: "), (0, 2, f"rank 0 on {socket.gethostname()}: ")],
+    ids=["the only machine", "another rank", "one of two machines"],
+)
+def test_an_error_names_rank_and_machine(monkeypatch, capsys, rank: int, machines: int, place: str) -> None:
+    monkeypatch.setattr(worker.time, "sleep", lambda seconds: None)
+    for key, value in {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 4 // machines}.items():
+        monkeypatch.setenv(key, str(value))
+    worker._tell("no memory")
+    assert capsys.readouterr().err == f"error: {place}no memory\n"
 
 
 @pytest.fixture

@@ -79,27 +79,35 @@ def cluster(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
 
 
+def test_a_job_that_is_refused(cluster, tmp_path: Path, capfd) -> None:
+    config = launch.settle(slurm_launch(gpus_per_node=8))
+    config.slurm.partition, config.slurm.wait = "nowhere", True
+    launch.check(config)
+    assert launch.run(config, tmp_path / "resolved.yaml") == 1
+    printed = capfd.readouterr()
+    assert "invalid partition" in printed.err and "scancel" not in printed.out
+    config.dry_run = True
+    assert launch.run(config, tmp_path / "resolved.yaml") == 0
+    assert capfd.readouterr().out == f"command: sbatch --parsable --wait {tmp_path}/launch.sbatch\n"
+
+
 @pytest.mark.distributed
 def test_a_job_near_its_limit_goes_on(cluster, tiny_overrides: list[str], tmp_path: Path) -> None:
-    def train(*settings: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "moba_train", "train", *tiny_overrides, "launch=slurm", "launch.nodes=2"]
-        return subprocess.run(
-            [*command, "launch.processes=2", "run.name=job", *settings], capture_output=True, text=True, timeout=180
-        )
-
     folder = tmp_path / "runs/job"
-    dry = train("launch.dry_run=true")
-    assert dry.returncode == 0, dry.stderr
-    assert f"command: sbatch --parsable {folder}/launch.sbatch" in dry.stdout and (folder / "launch.sbatch").is_file()
-
-    refused = train("launch.slurm.wait=true", "launch.slurm.partition=nowhere", "launch.slurm.time=24:00:00")
-    assert refused.returncode == 1 and "invalid partition" in refused.stderr
-
-    stage = "schedule.stages=[{name: short, tokens: 12288, context_length: 128, attention: {block_size: 32}}]"
-    done = train("launch.slurm.wait=true", stage)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "moba_train", "train", *tiny_overrides, "run.name=job"),
+            *("launch=slurm", "launch.nodes=2", "launch.processes=2", "launch.slurm.wait=true"),
+            *("launch.slurm.time=24:00:00", "schedule.stages.0.tokens=12288"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
     log = (folder / "slurm-77.log").read_text()
     assert done.returncode == 0, done.stderr + log
     assert "job 77: its log is" in done.stdout
+    assert "#SBATCH --time=24:00:00" in (folder / "launch.sbatch").read_text()
     assert "stopped by SIGUSR1 at step" in log and (folder / "was_queued_again").exists()
     assert "resumed at step" in log
     steps = [row["step"] for row in read_rows(folder / "metrics.jsonl") if "train/loss" in row]
