@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from moba_train import durable, resolved
-from moba_train.config import Config
+from moba_train.config import Config, OffloadDevice
 from moba_train.metrics_file import read_rows
 from moba_train.parallel import lifetime
 from moba_train.parallel.interruption import Interrupted
@@ -103,6 +103,14 @@ def _out_of_memory(error: torch.OutOfMemoryError, config: Config) -> str:
         fixes.append(f"lower train.micro_batch_tokens={settings.micro_batch_tokens}")
     if not settings.activation_checkpointing:
         fixes.append("set train.activation_checkpointing=true")
+    if settings.keep_attention:
+        fixes.append("set train.keep_attention=false")
+    if not settings.mlp_tile_tokens:
+        fixes.append("set train.mlp_tile_tokens=16384")
+    if settings.activation_checkpointing and not settings.offload.hidden_states:
+        fixes.append("set train.offload.hidden_states=true")
+    if settings.zero_stage and settings.offload.optimizer is OffloadDevice.none:
+        fixes.append("set train.offload.optimizer=cpu")
     if settings.zero_stage < 3:
         fixes.append(f"raise train.zero_stage={settings.zero_stage} with several processes")
     if settings.sequence_parallel_size < config.launch.world_size:

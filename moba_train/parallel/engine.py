@@ -28,6 +28,7 @@ def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, train: Tra
     import deepspeed  # the accelerator is chosen at import
     import deepspeed.ops
 
+    _check_disk(train.offload)
     # On CPUs DeepSpeed would compile a shared-memory collective for inference, and fail where there is no compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if train.zero_stage == 3 and (tiled := {type(part) for part in module.modules() if hasattr(part, "tiled")}):
@@ -35,6 +36,24 @@ def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, train: Tra
         deepspeed.utils.set_z3_leaf_modules(module, list(tiled))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config(train, runtime))
     return engine
+
+
+def _check_disk(offload: OffloadConfig) -> None:
+    """
+    Raises:
+        ValueError: nvme without a folder to write to, or without the library that DeepSpeed writes with.
+    """
+    if OffloadDevice.nvme not in (offload.optimizer, offload.parameters):
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if offload.nvme_path is None or not os.access(offload.nvme_path, os.W_OK):
+        raise ValueError(f"train.offload.nvme_path={offload.nvme_path} is no folder that can be written to: name one")
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ValueError(
+            "train.offload with nvme needs libaio and its headers, and a C++ compiler, on every node: install "
+            "libaio-dev, or set train.offload.optimizer=cpu"
+        )
 
 
 def engine_config(train: TrainConfig, runtime: Runtime) -> dict:

@@ -1,0 +1,50 @@
+"""The training benchmark runs whole, on a small model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.distributed
+def test_it_measures_steps_gradients_and_layers(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts/bench_train.py"), "tiny", "tiny_gradients", "tiny_layer"]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "rows.json")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "rows.json").read_text())
+    rows = report["rows"]
+    assert [(row["case"], row["attention"]["kind"]) for row in rows] == [
+        ("tiny", "full"),
+        ("tiny", "moba"),
+        ("tiny_gradients", "moba"),
+        ("tiny_layer", "moba"),
+        ("tiny_layer", "full"),
+    ]
+    assert all(row["tokens_per_second"] == pytest.approx(1024 / row["step_seconds"]) for row in rows)
+    steps = [row for row in rows if "loss" in row]
+    assert all(5 < row["loss"] < 8 and row["gradient_norm"] > 0 for row in steps)  # ln 500 = 6.2
+    assert "estimated_from_layer_seconds" in rows[-1] and "tiny     dense" in done.stdout
+
+
+def test_an_unknown_case_is_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/bench_train.py"), "33k"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: unknown case 33k: choose from tiny, ")
