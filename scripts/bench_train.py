@@ -188,8 +188,8 @@ def configuration(case: Case, device: torch.device) -> Config:
     return config
 
 
-def build(case: Case, runtime: Runtime) -> SimpleNamespace:
-    """What ``train.optimize`` reads of a run."""
+def build(case: Case, runtime: Runtime) -> train.Run:
+    """A run as far as ``train.optimize`` reads it: without data, log and checkpoints."""
     config = configuration(case, runtime.device)
     seed_everything(0)
     with runtime.device:  # random weights are made where they will be: much faster
@@ -199,23 +199,25 @@ def build(case: Case, runtime: Runtime) -> SimpleNamespace:
     else:
         engine = assemble(model, config, runtime)
         set_accumulation(engine, case.rows)
-    return SimpleNamespace(
+    absent = dict.fromkeys(("folder", "store", "heldout", "heldout_batches", "tracker", "interruption", "own_rope"))
+    run = train.Run(
         config=config,
         runtime=runtime,
+        schedule=SimpleNamespace(tokens_per_step=config.train.tokens_per_step),
         model=model,
         engine=engine,
-        schedule=SimpleNamespace(tokens_per_step=config.train.tokens_per_step),
-        loader=RandomRows(case, model.config.vocab_size),
-        bins=PositionLoss(case.context, 2048, runtime.device),
         throughput=Throughput(peak_flops(runtime.device, torch.bfloat16), window=1),
         own_time=OwnTime(runtime.device),
         watchdog=SimpleNamespace(beat=lambda doing: None),
-        step=0,
         skipped=SkippedSteps(config.train.nonfinite_limit),
+        **absent,
     )
+    run.loader = RandomRows(case, model.config.vocab_size)
+    run.bins = PositionLoss(case.context, 2048, runtime.device)
+    return run
 
 
-def gradients(run: SimpleNamespace) -> dict[str, float]:
+def gradients(run: train.Run) -> dict[str, float]:
     """Forward and backward pass of one batch, without an engine."""
     batch = run.loader.next_step(1)[0]
     loss, _ = run.engine(**train.model_inputs(batch, run.runtime), scale=1 / (run.loader.context - 1))
@@ -225,7 +227,7 @@ def gradients(run: SimpleNamespace) -> dict[str, float]:
     return {"train/loss": loss.item(), "train/gradient_norm": float(norm)}
 
 
-def steps(run: SimpleNamespace, case: Case, attention: AttentionSpec, until: float) -> dict[str, Any]:
+def steps(run: train.Run, case: Case, attention: AttentionSpec, until: float) -> dict[str, Any]:
     """Time steps with one attention in every layer."""
     layers = run.model.config.num_hidden_layers
     hf_attention.set_plan(run.model, [attention] * layers)
