@@ -101,7 +101,8 @@ def _fused_choices(case: Case, query: Tensor, key: Tensor, value: Tensor, blocks
     top_k = min(case.top_k, (case.length - 1) // case.block_size + 1)
     parts = (blocks.bounds, blocks.first, blocks.of_token)
     named = op.choose(query, key, *parts, case.block_size, top_k)  # (K, T, G, R), counted from the segment's first
-    _, lse = op.attend(query, key, value, *parts, named, case.block_size, case.scale)  # (K, T * G), in base 2
+    lists = op.route(named, *parts)
+    _, lse = op.attend(query, key, value, *parts, *lists, case.block_size, case.scale)  # (K, T * G), in base 2
     first = blocks.first[blocks.of_token].view(1, -1, 1, 1)
     choices = torch.where(named == torch.iinfo(named.dtype).max, -1, named.int() + first)
     lse = lse.view(case.kv_heads, case.tokens, -1) * torch.log(torch.tensor(2.0)).item()

@@ -18,11 +18,11 @@ KERNELS = {  # step -> how the names of its kernels start
     "pool": ("_pool_kernel",),
     "select": ("_select_kernel",),
     "route": ("_count_kernel", "_scatter_kernel"),
-    "forward": ("routed_forward_kernel", "resident_forward_kernel"),
+    "forward": ("routed_forward_", "resident_forward_"),
     "local + merge": ("merge_kernel",),
     "backward: row dot": ("row_dot_kernel",),
-    "backward: key, value": ("key_value_kernel", "pad_lists_kernel"),
-    "backward: query": ("routed_query_kernel",),
+    "backward: key, value": ("key_value_", "pad_lists_kernel"),
+    "backward: query": ("routed_query_",),
     "backward: local + merge": ("merge_query_kernel",),
 }
 OTHER = "other"  # kernels of no step: sums, fills, casts
@@ -58,7 +58,7 @@ def must_do(case: Case, choice_bytes: int) -> dict[str, Work]:
     return {
         "pool": Work(0, keys, 1),
         "select": Work(4 * dim * candidates, queries + choices, 1),  # a mean key is two bf16 terms: two products
-        "route": Work(0, 2 * (2 * choices + 4 * entries), 0.5),  # once in each pass
+        "route": Work(0, 2 * choices + 4 * entries, 1),
         "forward": Work(4 * dim * pairs, entries * (2 * row + 4) + 2 * keys, 1),
         "local + merge": Work(4 * dim * own_pairs, 2 * queries + 2 * keys + entries * (row + 4), 1),
         "backward: row dot": Work(0, 2 * queries, 0),

@@ -125,7 +125,7 @@ def attention_backward(setup: Setup, spec: AttentionSpec) -> float:
 
 def workspace(setup: Setup, spec: AttentionSpec) -> float:
     """Of attention's backward pass. Dense: dQ in fp32 and, of several rows, which FlashAttention-2 takes, dK and dV of
-    every query head. MoBA: partial dQ of a chunk."""
+    every query head. MoBA: the lists of all choices, and partial dQ of a chunk."""
     if spec.kind == "full":
         ungrouped = setup.rows > 1 and setup.key_size < setup.query_size
         return SINGLE * setup.query_size + ungrouped * 2 * HALF * setup.query_size
@@ -139,4 +139,5 @@ def workspace(setup: Setup, spec: AttentionSpec) -> float:
     room = max(_WORKSPACE_FLOOR, int(_WORKSPACE_SHARE * whole))
     at_once = min(kv_heads, max(1, room // (head_token * tokens)))
     chunks = -(-kv_heads // at_once)
-    return min(-(-kv_heads // chunks) * head_token * tokens, max(room, head_token)) / setup.tokens
+    partial = min(-(-kv_heads // chunks) * head_token * tokens, max(room, head_token)) / setup.tokens
+    return partial + SINGLE * kv_heads * group * chosen(setup, spec) * tokens / setup.tokens

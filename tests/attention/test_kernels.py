@@ -180,7 +180,8 @@ def test_operators_keep_torch_s_contract():
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(op.choose, (query, key, *bounds, 16, 2), test_utils=tests)
     inputs = [x.requires_grad_() for x in (query, key, value)]
-    torch.library.opcheck(op.attend, (*inputs, *bounds, choices, 16, 0.2), test_utils=tests)
+    torch.library.opcheck(op.route, (choices, *bounds), test_utils=tests)
+    torch.library.opcheck(op.attend, (*inputs, *bounds, *op.route(choices, *bounds), 16, 0.2), test_utils=tests)
 
 
 @kernels

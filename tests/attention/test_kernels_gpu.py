@@ -20,7 +20,8 @@ from moba_train.attention.spec import AttentionSpec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-SHAPES_A_TILING = 14
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+SHAPES_A_TILING = 21
 TILINGS = [  # heads, kv_heads, head_dim, block_size, top_k
     (4, 2, 64, 16, 3),
     (2, 2, 64, 64, 4),
@@ -36,6 +37,8 @@ TILINGS = [  # heads, kv_heads, head_dim, block_size, top_k
     (4, 4, 128, 128, 8),
     (4, 1, 128, 130, 5),
     (8, 2, 128, 256, 4),
+    (2, 1, 128, 384, 4),
+    (6, 2, 128, 512, 2),
     (2, 1, 128, 1000, 3),
     (3, 3, 128, 64, 1),
     (2, 1, 128, 16, 40),
@@ -109,7 +112,7 @@ def test_ten_million_choices_are_the_definition_s(capsys):
     assert worst < 1e-5
 
 
-@pytest.mark.parametrize("tiling", [TILINGS[2], TILINGS[4], TILINGS[11]], ids=str)
+@pytest.mark.parametrize("tiling", [TILINGS[2], TILINGS[4], TILINGS[11], TILINGS[14]], ids=str)
 def test_twenty_repeats_change_no_bit(tiling):
     from moba_train.attention.kernels.op import triton_attention
 
@@ -119,6 +122,22 @@ def test_twenty_repeats_change_no_bit(tiling):
     for _ in range(19):
         again = attend(triton_attention, case, case.spec, tensors)
         assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("tiling", [TILINGS[4], TILINGS[11], (3, 1, 128, 256, 4)], ids=str)
+def test_triton_s_kernels_agree_with_those_for_hopper(tiling, monkeypatch):
+    from moba_train.attention.kernels import launch
+    from moba_train.attention.kernels.op import triton_attention
+
+    case = Case("hopper", (3000, 0, 77, 2051), *tiling)
+    tensors = case.tensors("cuda", torch.bfloat16)
+    assert launch.hopper_kernels(case.block_size, *tensors) is not None
+    found = attend(triton_attention, case, case.spec, tensors)
+    monkeypatch.setattr(launch, "hopper_kernels", lambda *_: None)
+    expected = attend(triton_attention, case, case.spec, tensors)
+    for name, wanted in expected.items():
+        assert (found[name].float() - wanted.float()).norm() / wanted.float().norm() < 1e-3, name
 
 
 @pytest.mark.parametrize("tiling", [TILINGS[4], TILINGS[11]], ids=str)

@@ -51,7 +51,7 @@ def test_work_is_counted_from_what_is_really_chosen(block_size: int) -> None:
     assert work["forward"].flops == 4 * 32 * entries * block_size
     assert work["local + merge"].flops == 4 * 32 * own_pairs
     assert work["select"].flops == 4 * 32 * candidates
-    assert work["route"].bytes == 2 * (2 * 2 * choices.numel() + 4 * entries)
+    assert work["route"].bytes == 2 * 2 * choices.numel() + 4 * entries
     assert work["pool"].bytes == 2 * key.numel()
     together = sum(step.flops for name, step in work.items() if name.startswith("backward"))
     dq_apart = block_size > 128  # scores and their gradient are then formed twice

@@ -6,6 +6,7 @@ route     choices (by query) -> lists of queries (by block)
 forward   listed queries against their block: partial outputs
 merge     causal attention in the own block, and the merge with the partial outputs
 backward  the gradients, from the same lists
+hopper    the kernels with most of the arithmetic once more, in Gluon, for GPUs of compute capability 9.0
 plan      tile sizes, and chunks that keep the workspace bounded
 launch    the steps in order, chunk by chunk
 op        forward and backward as PyTorch operators, and the backend

@@ -1,10 +1,12 @@
-"""The kernels in order, chunk by chunk: forward and backward of attention, given the choices.
+"""The kernels in order, chunk by chunk: forward and backward of attention, given the lists of all kv heads.
 
 Nothing is read back to the host: grids depend on shapes, or on bounds that hold whatever was chosen. All tensors are
-contiguous; ``choices`` are (K, T, G, R) as ``select`` gives them; log-sum-exps are (K, W) fp32 in base 2.
+contiguous; log-sum-exps are (K, W) fp32 in base 2. No lists: the own block is all that a query reads.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -23,18 +25,39 @@ from moba_train.attention.kernels.plan import (
     shared_memory,
     sizes_of,
 )
-from moba_train.attention.kernels.route import Lists, route, tile
+from moba_train.attention.kernels.route import Lists, tile
 from moba_train.attention.kernels.rows import LOG2_E
 
 ROW_DOT_ROWS = 64
 
 
+def hopper_kernels(block_size: int, *tensors: Tensor) -> Any:
+    """The package of kernels for Hopper; None elsewhere, for blocks that are not whole key tiles, and for tensors that
+    the copy engine cannot read."""
+    device = tensors[0].device
+    if device.type != "cuda" or block_size % 128 or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    if any(tensor.data_ptr() % 16 for tensor in tensors):
+        return None
+    try:
+        from moba_train.attention.kernels import hopper
+    except ImportError:  # a Triton whose Gluon is another
+        return None
+    return hopper
+
+
+def _tuned(module: Any, sizes: Sizes) -> Any:
+    """A module of the package for Hopper, if it is there and serves this head_dim."""
+    return module if module is not None and sizes.head_dim in module.HEAD_DIMS else None
+
+
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, choices: Tensor, block_size: int, scale: float
+    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, lists: Lists | None, block_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(out (T, H, D), log-sum-exp)."""
-    sizes = sizes_of(query, key, choices, block_size)
+    sizes = sizes_of(query, key, lists, block_size)
     config = configs(sizes.head_dim, block_size, shared_memory(query.device))
+    hopper = hopper_kernels(block_size, query, key, value)
     out = torch.empty_like(query)
     lse = torch.empty(sizes.kv_heads, sizes.rows, dtype=torch.float32, device=query.device)
 
@@ -49,6 +72,10 @@ def attend(
                 lists.parts, chunk.part_start, chunk.part_stop - chunk.part_start, sizes.kv_heads, B=block_size,
                 **sizes.constants(), **config["resident"].arguments(),
             )  # fmt: skip
+        elif (tuned := _tuned(hopper and hopper.forward, sizes)) is not None:
+            found, numbers = _tiles(lists, kv_heads, chunk, entries, tuned.TILING, sizes, blocks)
+            arguments = (blocks.bounds, *found, *results, *numbers)
+            tuned.launch(query, key, value, *arguments, programs=len(found[0]), sizes=sizes)
         else:
             found, numbers = _tiles(lists, kv_heads, chunk, entries, config["forward"], sizes, blocks)
             forward.routed_forward_kernel[(len(found[0]),)](
@@ -64,16 +91,15 @@ def attend(
             FOLD_STAGES=FOLD_STAGES, **sizes.constants(), **config["merge"].arguments(),
         )  # fmt: skip
 
-    if sizes.choose == 0:
+    if lists is None:
         merge_rows(out, lse, 0, sizes.kv_heads, Chunk(0, 1, 0, sizes.rows))
         return out, lse
     heads, tokens = chunk_size(sizes, query.element_size())
     for kv_start in range(0, sizes.kv_heads, heads):
-        some = choices[kv_start : kv_start + heads]
-        lists = route(some, blocks)
+        some = min(heads, sizes.kv_heads - kv_start)
         for chunk in chunks(lists, sizes, tokens):
             # The results go out of scope before the next chunk's are made.
-            merge_rows(*partial_outputs(lists, kv_start, len(some), chunk), kv_start, len(some), chunk)
+            merge_rows(*partial_outputs(lists.of(kv_start, some), kv_start, some, chunk), kv_start, some, chunk)
     return out, lse
 
 
@@ -102,13 +128,14 @@ def attend_backward(
     out: Tensor,
     lse: Tensor,
     blocks: Blocks,
-    choices: Tensor,
+    lists: Lists | None,
     block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dQ, dK, dV), from the forward's choices and results."""
-    sizes = sizes_of(query, key, choices, block_size)
+    """(dQ, dK, dV), from the forward's results."""
+    sizes = sizes_of(query, key, lists, block_size)
     config = configs(sizes.head_dim, block_size, shared_memory(query.device))
+    hopper = hopper_kernels(block_size, query, key, value, d_out)
     count, constants = len(blocks.first), sizes.constants()
     d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     delta = torch.empty_like(lse)
@@ -120,7 +147,8 @@ def attend_backward(
 
     def key_value(lists: Lists | None, partial: Tensor | None, kv_start: int, kv_heads: int) -> None:
         """dK and dV of some kv heads; also the partial dQ of their entries, where ``partial`` is given."""
-        tiling = config["key_value" if partial is None else "key_value_query"]
+        tuned = _tuned(hopper and hopper.key_value, sizes)
+        tiling = config["key_value" if partial is None else "key_value_query"] if tuned is None else tuned.TILING
         if lists is None:
             padded = (blocks.bounds, blocks.bounds, blocks.bounds, lse, delta)  # R = 0: not read
         else:
@@ -140,20 +168,35 @@ def attend_backward(
                 BLOCK_M=tiling.rows, num_warps=1,
             )  # fmt: skip
         key_tiles = triton.cdiv(block_size, tiling.keys)
-        backward.key_value_kernel[(count * kv_heads * key_tiles,)](
-            *tensors, *padded, d_query if partial is None else partial, d_key, d_value, scale * LOG2_E, kv_start,
-            kv_heads, sizes.rows, count, sizes.kv_heads, LOG2_E=LOG2_E, QUERY=partial is not None, TILES=key_tiles,
-            **constants, **tiling.arguments(),
+        programs = count * kv_heads * key_tiles
+        arguments = (
+            *tensors[3:], *padded, d_query if partial is None else partial, d_key, d_value, scale * LOG2_E, kv_start,
+            kv_heads, sizes.rows, count, sizes.kv_heads,
         )  # fmt: skip
+        if tuned is not None:
+            tuned.launch(query, key, value, *arguments, programs=programs, sizes=sizes, entries=partial is not None)
+        else:
+            backward.key_value_kernel[(programs,)](
+                *tensors[:3], *arguments, LOG2_E=LOG2_E, QUERY=partial is not None, TILES=key_tiles, **constants,
+                **tiling.arguments(),
+            )  # fmt: skip
 
     def partial_queries(lists: Lists, kv_start: int, kv_heads: int, chunk: Chunk) -> Tensor:
         entries = chunk.rows * sizes.choose
         partial = torch.empty(kv_heads * entries, sizes.head_dim, dtype=query.dtype, device=query.device)
-        found, numbers = _tiles(lists, kv_heads, chunk, entries, config["query"], sizes, blocks)
-        backward.routed_query_kernel[(len(found[0]),)](
-            *tensors, *found, partial, scale * LOG2_E, kv_start, chunk.row_start * sizes.choose, entries, sizes.rows,
-            *numbers, LOG2_E=LOG2_E, B=block_size, **constants, **config["query"].arguments(),
+        tuned = _tuned(hopper and hopper.query, sizes)
+        tiling = config["query"] if tuned is None else tuned.TILING
+        found, numbers = _tiles(lists, kv_heads, chunk, entries, tiling, sizes, blocks)
+        arguments = (
+            *tensors[3:], *found, partial, scale * LOG2_E, kv_start, chunk.row_start * sizes.choose, entries,
+            sizes.rows, *numbers,
         )  # fmt: skip
+        if tuned is not None:
+            tuned.launch(query, key, value, *arguments, programs=len(found[0]), sizes=sizes)
+        else:
+            backward.routed_query_kernel[(len(found[0]),)](
+                *tensors[:3], *arguments, LOG2_E=LOG2_E, B=block_size, **constants, **tiling.arguments(),
+            )  # fmt: skip
         return partial
 
     def merge_rows(partial: Tensor, kv_start: int, kv_heads: int, chunk: Chunk) -> None:
@@ -164,22 +207,23 @@ def attend_backward(
         )  # fmt: skip
 
     everything = Chunk(0, 1, 0, sizes.rows)
-    if sizes.choose == 0:
+    if lists is None:
         key_value(None, None, 0, sizes.kv_heads)
         merge_rows(d_query, 0, sizes.kv_heads, everything)
         return d_query, d_key, d_value
     heads, tokens = chunk_size(sizes, query.element_size())
     for kv_start in range(0, sizes.kv_heads, heads):
-        some = choices[kv_start : kv_start + heads]
-        lists = route(some, blocks)
+        some = min(heads, sizes.kv_heads - kv_start)
+        theirs = lists.of(kv_start, some)
         if "key_value_query" in config and tokens == sizes.tokens:
-            partial = torch.empty(some.numel(), sizes.head_dim, dtype=query.dtype, device=query.device)
-            key_value(lists, partial, kv_start, len(some))
-            merge_rows(partial, kv_start, len(some), everything)
+            entries = some * sizes.rows * sizes.choose
+            partial = torch.empty(entries, sizes.head_dim, dtype=query.dtype, device=query.device)
+            key_value(theirs, partial, kv_start, some)
+            merge_rows(partial, kv_start, some, everything)
             del partial  # before the next chunk's is made
             continue
-        key_value(lists, None, kv_start, len(some))
+        key_value(theirs, None, kv_start, some)
         for chunk in chunks(lists, sizes, tokens):
             # The results go out of scope before the next chunk's are made.
-            merge_rows(partial_queries(lists, kv_start, len(some), chunk), kv_start, len(some), chunk)
+            merge_rows(partial_queries(theirs, kv_start, some, chunk), kv_start, some, chunk)
     return d_query, d_key, d_value

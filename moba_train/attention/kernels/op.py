@@ -1,8 +1,9 @@
 """The ``triton`` backend: the kernels as PyTorch operators, so that autograd, torch.compile and checkpointing see them.
 
-Two operators, because the choices are worth keeping (``keeping``): ``moba_train::choose`` makes them, and
-``moba_train::attend`` routes them and attends. Operators take tensors alone, so the fields of ``Blocks`` are
-arguments of their own.
+``moba_train::choose`` is the gate, ``moba_train::route`` makes lists of its choices, ``moba_train::attend`` attends.
+Three operators, because choices and output are worth keeping (``keeping``). Lists are larger than choices and quickly
+made again, but the backward pass takes the forward's. Operators take tensors alone: the fields of ``Blocks`` and
+``Lists`` are arguments of their own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from moba_train.attention.blocks import Blocks, cut
 from moba_train.attention.keeping import ATTENTION, CHOICES, keep
 from moba_train.attention.kernels import launch
 from moba_train.attention.kernels.pool import pool
+from moba_train.attention.kernels.route import Lists, parts_of
+from moba_train.attention.kernels.route import route as make_lists
 from moba_train.attention.kernels.select import choice_type, select
 from moba_train.attention.spec import AttentionSpec
 
@@ -47,6 +50,33 @@ def _(
     return query.new_empty(shape, dtype=choice_type(tokens, block_size))
 
 
+@torch.library.custom_op("moba_train::route", mutates_args=())
+def route(choices: Tensor, bounds: Tensor, first: Tensor, of_token: Tensor) -> tuple[Tensor, Tensor]:
+    """Entries and offsets of the ``Lists`` that the choices make; both are empty where top_k is 1."""
+    if not choices.shape[-1]:
+        return choices.new_empty(0, dtype=torch.int32), choices.new_empty(0, dtype=torch.int32)
+    lists = make_lists(choices.contiguous(), Blocks(bounds, first, of_token))
+    return lists.entries, lists.offsets
+
+
+@route.register_fake
+def _(choices: Tensor, bounds: Tensor, first: Tensor, of_token: Tensor) -> tuple[Tensor, Tensor]:
+    kv_heads, tokens, group, choose = choices.shape
+    places = 0
+    if choose:
+        places = kv_heads * len(first) * parts_of(tokens, kv_heads, group * choose, len(first))[0] + 1
+    entries, offsets = (choices.new_empty(size, dtype=torch.int32) for size in (choices.numel(), places))
+    return entries, offsets
+
+
+def _lists(key: Tensor, first: Tensor, entries: Tensor, offsets: Tensor) -> Lists | None:
+    if not len(entries):
+        return None
+    (tokens, kv_heads, _), count = key.shape, len(first)
+    parts = len(offsets) // (kv_heads * count)
+    return Lists(entries, offsets, count, parts, triton.cdiv(tokens, parts))
+
+
 @torch.library.custom_op("moba_train::attend", mutates_args=())
 def attend(
     query: Tensor,
@@ -55,14 +85,15 @@ def attend(
     bounds: Tensor,
     first: Tensor,
     of_token: Tensor,
-    choices: Tensor,
+    entries: Tensor,
+    offsets: Tensor,
     block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(out (T, H, D), log-sum-exp (K, T * G)) of attention to the chosen blocks and the own one."""
+    """(out (T, H, D), log-sum-exp (K, T * G)) of attention to the listed blocks and the own one."""
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    blocks = Blocks(bounds, first, of_token)
-    return keep(ATTENTION, lambda: launch.attend(query, key, value, blocks, choices.contiguous(), block_size, scale))
+    blocks, lists = Blocks(bounds, first, of_token), _lists(key, first, entries, offsets)
+    return keep(ATTENTION, lambda: launch.attend(query, key, value, blocks, lists, block_size, scale))
 
 
 @attend.register_fake
@@ -73,7 +104,8 @@ def _(
     bounds: Tensor,
     first: Tensor,
     of_token: Tensor,
-    choices: Tensor,
+    entries: Tensor,
+    offsets: Tensor,
     block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -94,16 +126,15 @@ def attend_backward(
     bounds: Tensor,
     first: Tensor,
     of_token: Tensor,
-    choices: Tensor,
+    entries: Tensor,
+    offsets: Tensor,
     block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dQ, dK, dV)."""
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    blocks = Blocks(bounds, first, of_token)
-    return launch.attend_backward(
-        d_out.contiguous(), query, key, value, out, lse, blocks, choices.contiguous(), block_size, scale
-    )
+    blocks, lists = Blocks(bounds, first, of_token), _lists(key, first, entries, offsets)
+    return launch.attend_backward(d_out.contiguous(), query, key, value, out, lse, blocks, lists, block_size, scale)
 
 
 @attend_backward.register_fake
@@ -117,7 +148,8 @@ def _(
     bounds: Tensor,
     first: Tensor,
     of_token: Tensor,
-    choices: Tensor,
+    entries: Tensor,
+    offsets: Tensor,
     block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,14 +157,14 @@ def _(
 
 
 def _save(ctx, inputs, output) -> None:
-    query, key, value, bounds, first, of_token, choices, ctx.block_size, ctx.scale = inputs
+    query, key, value, bounds, first, of_token, entries, offsets, ctx.block_size, ctx.scale = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(query, key, value, out, lse, bounds, first, of_token, choices)
+    ctx.save_for_backward(query, key, value, out, lse, bounds, first, of_token, entries, offsets)
 
 
 def _gradients(ctx, d_out: Tensor, _d_lse: Tensor):
-    return *attend_backward(d_out, *ctx.saved_tensors, ctx.block_size, ctx.scale), *[None] * 6
+    return *attend_backward(d_out, *ctx.saved_tensors, ctx.block_size, ctx.scale), *[None] * 7
 
 
 attend.register_autograd(_gradients, setup_context=_save)
@@ -180,5 +212,5 @@ def triton_attention(
     blocks = cut(cu_seqlens, block_size, len(query))
     bounds = (blocks.bounds, blocks.first, blocks.of_token)
     choices = choose(query.detach(), key.detach(), *bounds, block_size, top_k)
-    out, _ = attend(query, key, value, *bounds, choices, block_size, scale)
+    out, _ = attend(query, key, value, *bounds, *route(choices, *bounds), block_size, scale)
     return out

@@ -44,10 +44,11 @@ class Sizes:
         )
 
 
-def sizes_of(query: Tensor, key: Tensor, choices: Tensor, block_size: int) -> Sizes:
-    """Of query (T, H, D), key (T, K, D) and choices (K, T, G, R)."""
+def sizes_of(query: Tensor, key: Tensor, lists: Lists | None, block_size: int) -> Sizes:
+    """Of query (T, H, D) and key (T, K, D)."""
     tokens, heads, head_dim = query.shape
-    return Sizes(tokens, key.shape[1], heads // key.shape[1], choices.shape[-1], head_dim, block_size)
+    choose = 0 if lists is None else lists.entries.numel() // (tokens * heads)
+    return Sizes(tokens, key.shape[1], heads // key.shape[1], choose, head_dim, block_size)
 
 
 @dataclass(frozen=True)

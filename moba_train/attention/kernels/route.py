@@ -11,7 +11,9 @@ order.)
 Work: ROUTE_ENTRIES comparisons an entry. Bytes: choices read twice, 4 bytes written an entry, and cursors from L2.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -33,18 +35,41 @@ class Lists:
     """Who chose each block, for some kv heads.
 
     Attributes:
-        entries: (kv_heads * W * R,) int32; the entries e = w * R + r of each kv head, by (kv head, block), ascending.
+        entries: (K * W * R,) int32; the entries e = w * R + r of each kv head, by (kv head, block), ascending.
         offsets: (kv_heads * N * P + 1,) int32; the list of kv head k and block n starts at ``offsets[(k * N + n) * P]``
             and the part of it whose queries lie in part p at ``offsets[(k * N + n) * P + p]``. Each list ends where
             the next one starts.
+        blocks: N.
         parts: P.
         part_tokens: tokens of a part.
     """
 
     entries: Tensor
     offsets: Tensor
+    blocks: int
     parts: int
     part_tokens: int
+
+    def of(self, kv_start: int, kv_heads: int) -> Lists:
+        """The lists of some kv heads."""
+        step = self.blocks * self.parts
+        return replace(self, offsets=self.offsets[kv_start * step : (kv_start + kv_heads) * step + 1])
+
+
+def parts_of(tokens: int, kv_heads: int, per_token: int, blocks: int) -> tuple[int, int]:
+    """(P, tokens of a part).
+
+    Args:
+        per_token: entries of a token and kv head.
+        blocks: N.
+    """
+    parts = min(
+        triton.cdiv(ROUTE_PROGRAMS, kv_heads),
+        triton.cdiv(tokens * per_token, COUNT_ENTRIES),
+        max(1, MOST_CURSORS // (kv_heads * blocks)),
+    )
+    part_tokens = triton.cdiv(tokens, parts)
+    return triton.cdiv(tokens, part_tokens), part_tokens
 
 
 @triton.jit
@@ -125,22 +150,16 @@ def _scatter_kernel(
 
 
 def route(choices: Tensor, blocks: Blocks) -> Lists:
-    """Make the lists of some kv heads.
+    """Make the lists.
 
     Args:
-        choices: (kv_heads, T, G, R), contiguous, as ``select`` gives them.
+        choices: (K, T, G, R), contiguous, as ``select`` gives them.
         blocks: of the segments.
     """
     kv_heads, tokens, group, choose = choices.shape
     device, count = choices.device, len(blocks.first)
     per_token = group * choose
-    parts = min(
-        triton.cdiv(ROUTE_PROGRAMS, kv_heads),
-        triton.cdiv(tokens * per_token, COUNT_ENTRIES),
-        max(1, MOST_CURSORS // (kv_heads * count)),
-    )
-    part_tokens = triton.cdiv(tokens, parts)
-    parts = triton.cdiv(tokens, part_tokens)
+    parts, part_tokens = parts_of(tokens, kv_heads, per_token, count)
     sizes = dict(R=choose, GR=per_token, NONE=torch.iinfo(choices.dtype).max)
     arguments = (tokens * group, count, parts, part_tokens * per_token)
 
@@ -163,7 +182,7 @@ def route(choices: Tensor, blocks: Blocks) -> Lists:
         BLOCK_E=ROUTE_ENTRIES,
         num_warps=ROUTE_WARPS,
     )
-    return Lists(entries=entries, offsets=offsets, parts=parts, part_tokens=part_tokens)
+    return Lists(entries=entries, offsets=offsets, blocks=count, parts=parts, part_tokens=part_tokens)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,13 @@
+"""The kernels that do most of the arithmetic, for Hopper, in Gluon: loads, products and exponentials side by side.
+
+forward     ``routed_forward``, for blocks of several key tiles
+query       ``routed_query``
+key_value   ``key_value``, with and without the entries' dQ
+shared      what they share
+
+Each has the tiles, the sums and the order of sums of the Triton kernel that it is named after, and takes its arguments.
+"""
+
+from moba_train.attention.kernels.hopper import forward, key_value, query
+
+__all__ = ["forward", "key_value", "query"]

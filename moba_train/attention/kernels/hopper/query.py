@@ -1,0 +1,162 @@
+"""``routed_query`` on Hopper.
+
+A program owns 2 x 64 entries of one (kv head, block) list, as in ``forward``: four warps have the block's keys and
+values brought, two warpgroups own 64 entries each and sum their dQ.
+
+Work and bytes are those of the Triton kernel.
+"""
+
+from typing import Any
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from moba_train.attention.kernels.hopper.shared import (
+    HALF,
+    barriers,
+    described,
+    find_tile,
+    load_entries,
+    load_rows,
+    load_tiles,
+    store_entries,
+)
+from moba_train.attention.kernels.plan import Config, Sizes
+from moba_train.attention.kernels.rows import LOG2_E, NUMBERS
+
+TILING = Config(rows=128, keys=128, warps=4, stages=2)
+HEAD_DIMS = (128,)  # at 64 Triton's kernel is the faster one
+
+
+@gluon.jit
+def _sum_query(
+    p_query, p_d_out, p_lse, p_delta, p_entries, p_partial, s_query, s_d_out, s_key, s_value, key_full, value_full,
+    key_free, value_free, scale, n_start, n_stop, i_kv, o_lse, K, o_result, LOG2_E: gl.constexpr, G: gl.constexpr,
+    R: gl.constexpr, B: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup: HALF entries from n_start on; past n_stop they repeat the last one, and are not stored."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    TYPE: gl.constexpr = p_query.dtype.element_ty
+    o_entry, _ = load_entries(p_entries, n_start, n_stop, gl.SliceLayout(1, ROWS))
+    load_rows(p_query, o_entry // R, i_kv, s_query, K, G, D, ROWS)
+    load_rows(p_d_out, o_entry // R, i_kv, s_d_out, K, G, D, ROWS)
+    fence_async_shared()
+    o_entry, _ = load_entries(p_entries, n_start, n_stop, gl.SliceLayout(1, SCORES))
+    b_lse = gl.load(p_lse + (o_lse + o_entry // R))
+    b_delta = gl.load(p_delta + (o_lse + o_entry // R))
+
+    b_none = gl.zeros([HALF, BLOCK_N], gl.float32, SCORES)
+    b_d_query = gl.zeros([HALF, D], gl.float32, SUMS)
+    mbarrier.wait(key_full.index(0), 0)
+    for i_tile in range(B // BLOCK_N):
+        i_slot = i_tile % STAGES
+        b_scores = warpgroup_mma(s_query, s_key.index(i_slot).permute((1, 0)), b_none, use_acc=False, is_async=True)
+        mbarrier.wait(value_full.index(i_slot), i_tile // STAGES & 1)
+        b_d_weight = warpgroup_mma(s_d_out, s_value.index(i_slot).permute((1, 0)), b_none, use_acc=False, is_async=True)
+        b_scores = warpgroup_mma_wait(1, deps=[b_scores])
+        b_weight = gl.exp2(b_scores * scale - b_lse[:, None])
+        # Here and not at the loop's head: a wait is a branch, behind which ptxas may not move the exponentials.
+        i_next = i_tile + 1
+        mbarrier.wait(key_full.index(i_next % STAGES), i_next // STAGES & 1, pred=i_next < B // BLOCK_N)
+        b_d_weight = warpgroup_mma_wait(0, deps=[b_d_weight])
+        mbarrier.arrive(value_free.index(i_slot), count=1)
+        b_d_scores = (b_weight * (b_d_weight - b_delta[:, None])).to(TYPE)
+        b_left = gl.convert_layout(b_d_scores, gl.DotOperandLayout(0, SUMS, 2))
+        b_d_query = warpgroup_mma(b_left, s_key.index(i_slot), b_d_query, is_async=True)
+        b_d_query = warpgroup_mma_wait(0, deps=[b_d_query])
+        mbarrier.arrive(key_free.index(i_slot), count=1)
+
+    b_d_query = b_d_query * (scale / LOG2_E)
+    store_entries(p_partial, p_entries, o_result, n_start, n_stop, s_query, b_d_query, D, ROWS)
+
+
+@gluon.jit(do_not_specialize=NUMBERS)
+def routed_query_hopper_kernel(
+    d_key,
+    d_value,
+    p_query,
+    p_d_out,
+    p_lse,
+    p_delta,
+    p_bounds,
+    p_lists,
+    p_of_list,
+    p_offsets,
+    p_entries,
+    p_partial,
+    scale,
+    i_kv_start,
+    i_entry_start,
+    n_entries,
+    W,
+    LISTS,
+    N,
+    P,
+    i_part,
+    n_parts,
+    K,
+    LOG2_E: gl.constexpr,
+    G: gl.constexpr,
+    R: gl.constexpr,
+    B: gl.constexpr,
+    D: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    i_list, n_start, n_stop, n_token = find_tile(p_lists, p_of_list, p_offsets, p_bounds, LISTS, N, P, i_part, n_parts)
+    if i_list == LISTS:
+        return
+    i_kv = i_kv_start + i_list // N
+    o_lse = i_kv.to(gl.int64) * W
+    o_result = (i_list // N).to(gl.int64) * n_entries - i_entry_start
+
+    TYPE: gl.constexpr = p_query.dtype.element_ty
+    ROWS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], TYPE)
+    s_query = gl.allocate_shared_memory(TYPE, [2, HALF, D], ROWS)
+    s_d_out = gl.allocate_shared_memory(TYPE, [2, HALF, D], ROWS)
+    s_key = gl.allocate_shared_memory(TYPE, [STAGES, BLOCK_N, D], d_key.layout)
+    s_value = gl.allocate_shared_memory(TYPE, [STAGES, BLOCK_N, D], d_value.layout)
+    key_full, value_full, key_free, value_free = (
+        barriers(1, STAGES), barriers(1, STAGES), barriers(2, STAGES), barriers(2, STAGES)
+    )  # fmt: skip
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_sum_query, (
+                p_query, p_d_out, p_lse, p_delta, p_entries, p_partial, s_query.index(0), s_d_out.index(0), s_key,
+                s_value, key_full, value_full, key_free, value_free, scale, n_start, n_stop, i_kv, o_lse, K, o_result,
+                LOG2_E, G, R, B, D, BLOCK_N, STAGES,
+            )),
+            (_sum_query, (
+                p_query, p_d_out, p_lse, p_delta, p_entries, p_partial, s_query.index(1), s_d_out.index(1), s_key,
+                s_value, key_full, value_full, key_free, value_free, scale, n_start + HALF, n_stop, i_kv, o_lse, K,
+                o_result, LOG2_E, G, R, B, D, BLOCK_N, STAGES,
+            )),
+            (load_tiles, (
+                d_key, d_value, s_key, s_value, key_full, value_full, key_free, value_free, n_token, i_kv * D, B,
+                BLOCK_N, STAGES,
+            )),
+        ],
+        [4, 4],
+        [240, 24],
+    )  # fmt: skip
+
+
+def launch(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments: Any, programs: int, sizes: Sizes
+) -> None:
+    """``arguments``: those of the kernel from the output's gradient on."""
+    routed_query_hopper_kernel[(programs,)](
+        described(key, TILING.keys), described(value, TILING.keys), query, *arguments, LOG2_E=LOG2_E, G=sizes.group,
+        R=sizes.choose, B=sizes.block_size, D=sizes.head_dim, BLOCK_N=TILING.keys, STAGES=TILING.stages,
+        num_warps=TILING.warps,
+    )  # fmt: skip

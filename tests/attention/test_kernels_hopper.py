@@ -1,0 +1,70 @@
+"""The Gluon kernels compile for Hopper, on any machine: Gluon has no interpreter, and its names change with Triton."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+INTEGERS = {"bounds", "lists", "of_list", "offsets", "entries", "padded", "padded_row"}
+FLOATS = {"lse", "delta", "padded_lse", "padded_delta", "partial_lse"}
+LOG2_E = 1.44
+SIZES = {
+    "forward": {"G": 4, "R": 2, "B": 256, "D": 128, "BLOCK_N": 128, "STAGES": 2},
+    "query": {"LOG2_E": LOG2_E, "G": 4, "R": 2, "B": 256, "D": 128, "BLOCK_N": 128, "STAGES": 2},
+    "key_value": {"LOG2_E": LOG2_E, "QUERY": True, "G": 1, "R": 2, "TILES": 1, "D": 128, "BLOCK_M": 64, "STAGES": 3},
+}
+
+
+def argument_type(name: str, tile: int) -> str:
+    from triton.experimental.gluon import language as gl
+
+    kind, _, what = name.partition("_")
+    if kind == "d":
+        layout = gl.NVMMASharedLayout.get_default_for([tile, 128], gl.bfloat16)
+        return f"tensordesc<bf16[{tile}, 128],{layout!r}>"
+    if kind == "p":
+        return "*i32" if what in INTEGERS else "*fp32" if what in FLOATS else "*bf16"
+    return "fp32" if name == "scale" else "i32"
+
+
+def compile_kernel(name: str) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from moba_train.attention.kernels import hopper
+
+    module = getattr(hopper, name)
+    (kernel,) = (value for key, value in vars(module).items() if key.endswith("_hopper_kernel"))
+    tile = 64 if name == "key_value" else module.TILING.keys
+    sizes, names = SIZES[name], kernel.arg_names
+    source = GluonASTSource(
+        fn=kernel,
+        signature={n: "constexpr" if n in sizes else argument_type(n, tile) for n in names},
+        constexprs={(names.index(n),): value for n, value in sizes.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.startswith("p_")},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": module.TILING.warps})
+    assert "wgmma.mma_async" in compiled.asm["ptx"] and "setmaxnreg" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 227 << 10
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_it_compiles_to_warpgroup_products(name: str) -> None:
+    """In a process of its own: Triton's compiler has much to say at the end of one."""
+    command = [sys.executable, __file__, name]
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root}
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+if __name__ == "__main__":
+    compile_kernel(sys.argv[1])
