@@ -44,5 +44,5 @@ def with_switches(model: PreTrainedModel, config: Config, runtime: Runtime) -> T
         tile_mlps(model, train.mlp_tile_tokens)
     if train.activation_checkpointing:
         offload = HiddenStateOffload(runtime.device) if train.offload.hidden_states else None
-        checkpoint_activations(model, train.keep_attention, offload)
+        checkpoint_activations(model, train.keep_attention, offload, train.keep_choices)
     return TokenLosses(model, train.loss_tile_tokens, fused)

@@ -181,6 +181,7 @@ def step_cost(
     *,
     activation_checkpointing: bool = False,
     keep_attention: bool = False,
+    keep_choices: bool = True,
     tiled_loss: bool = False,
 ) -> StepCost:
     """Cost of one forward and backward pass over packed segments.
@@ -190,6 +191,7 @@ def step_cost(
         lengths: tokens of each segment, padding among them where it is computed; empty segments count nothing
         activation_checkpointing: every layer's forward pass, the gate left out, is computed once more
         keep_attention: of that, attention is left out too
+        keep_choices: False: the gate is not left out
         tiled_loss: the loss computes its logits once more in the backward pass, as it does under ZeRO-3
 
     Raises:
@@ -213,7 +215,7 @@ def step_cost(
     # Backward: two products for each of the forward's; the gate has none, its choice carries no gradient.
     model = forward + head + 2 * (linear + attention + head)
     # Flash-style kernels form the scores anew: five products where the forward has two.
-    again = activation_checkpointing * (linear + attention * (not keep_attention))
+    again = activation_checkpointing * (linear + attention * (not keep_attention) + gate * (not keep_choices))
     hardware = model + 0.5 * attention + again + tiled_loss * head
     return StepCost(model, hardware)
 

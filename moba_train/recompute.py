@@ -19,7 +19,10 @@ from moba_train.offload import HiddenStateOffload
 
 
 def checkpoint_activations(
-    model: PreTrainedModel, keep_attention: bool = False, offload: HiddenStateOffload | None = None
+    model: PreTrainedModel,
+    keep_attention: bool = False,
+    offload: HiddenStateOffload | None = None,
+    keep_choices: bool = True,
 ) -> None:
     """From now on, training passes of ``model`` keep a layer's input and its choices, and recompute the rest.
 
@@ -27,8 +30,11 @@ def checkpoint_activations(
         keep_attention: keep attention's output and log-sum-exp as well (heads x (2 head_dim + 4) bytes a token and
             layer in bf16); the second forward pass of a layer then leaves attention out.
         offload: where the layers' inputs wait; None: on the device.
+        keep_choices: False: choose again (heads x (top_k - 1) x 1 or 2 bytes a token and layer less). Blocks of 4,096
+            tokens make that a thousandth of attention; the ``triton`` gate finds the same blocks again, bit by bit.
     """
-    kinds = frozenset({keeping.CHOICES, keeping.ATTENTION} if keep_attention else {keeping.CHOICES})
+    kept = {keeping.CHOICES: keep_choices, keeping.ATTENTION: keep_attention}
+    kinds = frozenset(kind for kind, wanted in kept.items() if wanted)
     draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     keywords = {
         "use_reentrant": False,

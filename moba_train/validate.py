@@ -156,6 +156,8 @@ def _memory(config: Config) -> None:
     for name, wanted in (("keep_attention", train.keep_attention), ("offload.hidden_states", offload.hidden_states)):
         if wanted and not train.activation_checkpointing:
             raise ValueError(f"train.{name}=true needs train.activation_checkpointing=true: set it")
+    if not train.keep_choices and not train.activation_checkpointing:
+        raise ValueError("train.keep_choices=false needs train.activation_checkpointing=true: set it, or leave it out")
     if train.gradient_dtype is Precision.bf16 and train.precision is Precision.fp32:
         raise ValueError("train.gradient_dtype=bf16 with train.precision=fp32: set train.precision=bf16")
     if train.fused_kernels is FusedKernels.liger and config.launch.device is Device.cpu:

@@ -125,6 +125,8 @@ def test_moba_and_recomputation_by_hand():
     assert again.hardware_flops == plain.hardware_flops + linear + attention + head
     kept = step_cost(shape, plan, lengths, activation_checkpointing=True, keep_attention=True)
     assert kept.hardware_flops == plain.hardware_flops + linear
+    less = step_cost(shape, plan, lengths, activation_checkpointing=True, keep_choices=False)
+    assert less.hardware_flops == plain.hardware_flops + linear + attention + gate
 
 
 def test_no_gate_where_nothing_is_chosen():

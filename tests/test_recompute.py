@@ -32,9 +32,15 @@ def gradients(model, ids):
     return loss, torch.autograd.grad(loss, list(model.parameters()))
 
 
-@pytest.mark.parametrize("keep_attention", [False, True], ids=["", "attention kept"])
+@pytest.mark.parametrize(
+    ("keep_attention", "keep_choices"),
+    [(False, True), (True, True), (False, False)],
+    ids=["", "attention kept", "choices made again"],
+)
 @pytest.mark.parametrize("kind", SPECS)
-def test_recomputation_changes_nothing_and_gates_once_a_layer(kind: str, keep_attention: bool, monkeypatch) -> None:
+def test_recomputation_changes_nothing_and_gates_once_a_layer(
+    kind: str, keep_attention: bool, keep_choices: bool, monkeypatch
+) -> None:
     hf_attention.register()
     keywords = {key: value for key, value in TINY_LLAMA.items() if key != "model_type"}
     model = AutoModelForCausalLM.from_config(
@@ -48,9 +54,9 @@ def test_recomputation_changes_nothing_and_gates_once_a_layer(kind: str, keep_at
     monkeypatch.setattr(dense_cpu, "causal_forward", attention)
     cpu = torch.device("cpu")
     memory = HostMemory(cpu, 1 << 10)
-    checkpoint_activations(model, keep_attention, HiddenStateOffload(cpu, memory, smallest=0))
+    checkpoint_activations(model, keep_attention, HiddenStateOffload(cpu, memory, smallest=0), keep_choices)
     again, recomputed = gradients(model, ids)
-    assert gate.count == (3 if kind == "moba" else 0)
+    assert gate.count == (0 if kind == "full" else 3 if keep_choices else 6)
     assert attention.count == (3 if keep_attention else 6)
     assert torch.equal(again, loss)
     for got, want in zip(recomputed, plain, strict=True):

@@ -133,10 +133,13 @@ def test_offload_rests_on_zero(tiny_config: Config) -> None:
         validate(tiny_config)
 
 
-@pytest.mark.parametrize("key", ["train.keep_attention", "train.offload.hidden_states"])
-def test_what_belongs_to_activation_checkpointing(tiny_config: Config, key: str) -> None:
-    change(tiny_config, key, True)
-    with pytest.raises(ValueError, match=rf"{key}=true needs train\.activation_checkpointing=true"):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("train.keep_attention", True), ("train.offload.hidden_states", True), ("train.keep_choices", False)],
+)
+def test_what_belongs_to_activation_checkpointing(tiny_config: Config, key: str, value: bool) -> None:
+    change(tiny_config, key, value)
+    with pytest.raises(ValueError, match=rf"{key}={str(value).lower()} needs train\.activation_checkpointing=true"):
         validate(tiny_config)
     tiny_config.train.activation_checkpointing = True
     validate(tiny_config)

@@ -61,6 +61,7 @@ class TrainConfig:
     zero_stage: int = 0
     gradient_clipping: float = 1.0  # global norm; 0: off
     activation_checkpointing: bool = False  # keep each layer's input and gate choices, compute the rest again
+    keep_choices: bool = True  # false: the gate is computed again too, where it is cheap and memory is dear
     keep_attention: bool = False  # of what is computed again, leave out attention: its output is kept, as large as q
     offload: OffloadConfig = field(default_factory=OffloadConfig)
     loss_tile_tokens: int = 2048  # tokens whose logits exist at one time

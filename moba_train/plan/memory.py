@@ -79,7 +79,9 @@ def _inputs(setup: Setup) -> Parts:
 def _kept(setup: Setup, layers: int) -> Parts:
     """From the forward pass, of the first layers."""
     tokens, train = setup.tokens, setup.train
-    parts: Parts = {"choices": tokens * sum(activations.choices(setup, spec) for spec in setup.specs[:layers])}
+    choices = [activations.choices(setup, spec) for spec in setup.specs[:layers]]
+    # Not kept, there are those of the layer that is computed again.
+    parts: Parts = {"choices": tokens * (sum(choices) if train.keep_choices else max(choices))}
     if not train.activation_checkpointing:
         return parts | {"activations": tokens * layers * activations.kept(setup)}
     here = min(layers, OFFLOADED_LAYERS) if train.offload.hidden_states else layers

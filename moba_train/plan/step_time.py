@@ -88,7 +88,7 @@ def _again(setup: Setup) -> int:
 
 
 def _attention(setup: Setup, hardware: Hardware) -> float:
-    """Seconds of all layers. The gate's choices are kept, so it is computed once."""
+    """Seconds of all layers. Where the gate's choices are kept, it is computed once."""
     return sum(
         layers * (_full(setup, hardware) if spec.kind == "full" else _moba(setup, hardware, spec))
         for spec, layers in Counter(setup.specs).items()
@@ -112,7 +112,7 @@ def _moba(setup: Setup, hardware: Hardware, spec: AttentionSpec) -> float:
     forwards = 1 + _again(setup)
     return (
         _slower(setup) * flops * (forwards / forward + 2.5 / backward) / TFLOPS
-        + gate / hardware.gate_tflops / TFLOPS
+        + (1 if setup.train.keep_choices else 2) * gate / hardware.gate_tflops / TFLOPS
         + entries * (3 * forwards + 5) / (hardware.hbm_gbs * GB_S)
     )
 

@@ -71,7 +71,7 @@ def test_workspace_is_what_the_kernels_plan(top_k: int, context: int) -> None:
     sizes = plan.Sizes(context, 8, 4, top_k - 1, 64, 256)
     heads, tokens = plan.chunk_size(sizes, 2)
     entries = heads * tokens * 4 * (top_k - 1)
-    planned = entries * (2 * 64 + plan.ENTRY_BYTES)
+    planned = entries * (2 * 64 + plan.ENTRY_BYTES) + 4 * 8 * context * 4 * (top_k - 1)
     assert activations.workspace(setup, setup.specs[0]) * context == pytest.approx(planned, rel=0.003)
 
 
@@ -83,6 +83,14 @@ def test_kept_outputs_by_hand() -> None:
     outputs = 131072 * (2 * 32 * 64 + 4 * 32)
     assert with_them["attention outputs"] == 3 * outputs
     assert sum(with_them.values()) - sum(without.values()) == 2 * outputs
+
+
+def test_choices_that_are_not_kept_are_those_of_one_layer() -> None:
+    kept, made_again = (
+        predict_memory(setup_of(recipe(LLAMA_1B, 131072, keep_choices=keep))).moments[LAST]["choices"]
+        for keep in (True, False)
+    )
+    assert kept == 3 * made_again > 0
 
 
 def test_more_of_anything_takes_more() -> None:
