@@ -52,10 +52,15 @@ def start(launch: LaunchConfig, sequence_parallel_size: int = 1) -> Runtime:
     """Choose the device and join the process group that RANK and WORLD_SIZE name, or one of its own without them.
 
     Raises:
-        ValueError: GPUs are asked for where torch sees fewer of them than this machine has processes, or the process
-            group cannot be joined.
+        ValueError: GPUs are asked for where torch sees fewer of them than this machine has processes, the process
+            group cannot be joined, or its ranks do not make whole sequence-parallel groups.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size % sequence_parallel_size:  # ranks that something else started were counted nowhere before
+        raise ValueError(
+            f"train.sequence_parallel_size={sequence_parallel_size} does not divide WORLD_SIZE={world_size}: start a "
+            f"multiple of {sequence_parallel_size} ranks"
+        )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
     device = choose_device(launch, local_rank, local_size)

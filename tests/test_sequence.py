@@ -13,12 +13,12 @@ import torch
 
 from moba_train import resolved
 from moba_train.batch import count_positions, model_inputs, valid_tokens
-from moba_train.config import Config, SourceConfig
+from moba_train.config import Config, LaunchConfig, SourceConfig
 from moba_train.data.loader import Batch
 from moba_train.data.tokens import prepare_store
 from moba_train.loss import IGNORE
 from moba_train.metrics import PositionLoss
-from moba_train.runtime import Runtime
+from moba_train.runtime import Runtime, start
 from tiny import run_ranks
 
 
@@ -32,6 +32,12 @@ def test_ranks_of_a_group_are_neighbours() -> None:
     assert {r.data_parallel_size for r in ranks} == {2}
     alone = rank_of(3, 4, 1)
     assert (alone.data_parallel_rank, alone.data_parallel_size, alone.sequence_parallel_rank) == (3, 4, 0)
+
+
+def test_started_ranks_make_whole_groups(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"sequence_parallel_size=2 does not divide WORLD_SIZE=3: .* multiple of 2"):
+        start(LaunchConfig(), 2)
 
 
 def batch_of(lengths: list[list[int]], length: int) -> Batch:
