@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moba_train.config import Config, OffloadDevice, Precision, TrainConfig
+from moba_train.config import Config, OffloadConfig, OffloadDevice, Precision, TrainConfig
 from moba_train.metrics_file import read_rows
-from moba_train.parallel.engine import engine_config
+from moba_train.parallel.engine import check_disk, engine_config
 from moba_train.runtime import Runtime
 from tiny import run_worker
 
@@ -83,6 +83,20 @@ def test_offload_and_types_of_gradients() -> None:
     }
     assert config["data_types"] == {"grad_accum_dtype": "bf16"}
     assert config["communication_data_type"] == "fp32"
+
+
+def test_nvme_needs_a_folder_and_libaio(tmp_path: Path, monkeypatch) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    offload = OffloadConfig(optimizer=OffloadDevice.nvme, nvme_path=str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"train\.offload\.nvme_path=.*none is no folder"):
+        check_disk(offload)
+    offload.nvme_path = str(tmp_path)
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=True: False)
+    with pytest.raises(ValueError, match="libaio-dev"):
+        check_disk(offload)
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=True: True)
+    check_disk(offload)
 
 
 @pytest.mark.distributed

@@ -95,6 +95,9 @@ CASES = {
         case("2 ranks, 1 kv head", 2, 0, 1),
         case("2 ranks, checkpointed, ZeRO 3", 2, 3, 4, activation_checkpointing=True),
         case(
+            "2 ranks, tiled, ZeRO 3", 2, 3, 4, activation_checkpointing=True, keep_attention=True, mlp_tile_tokens=100
+        ),
+        case(
             "2 ranks, tiled, attention kept, ZeRO 1",
             2,
             1,

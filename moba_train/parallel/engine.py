@@ -28,7 +28,7 @@ def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, train: Tra
     import deepspeed  # the accelerator is chosen at import
     import deepspeed.ops
 
-    _check_disk(train.offload)
+    check_disk(train.offload)
     # On CPUs DeepSpeed would compile a shared-memory collective for inference, and fail where there is no compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if train.zero_stage == 3 and (tiled := {type(part) for part in module.modules() if hasattr(part, "tiled")}):
@@ -38,7 +38,7 @@ def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, train: Tra
     return engine
 
 
-def _check_disk(offload: OffloadConfig) -> None:
+def check_disk(offload: OffloadConfig) -> None:
     """
     Raises:
         ValueError: nvme without a folder to write to, or without the library that DeepSpeed writes with.
