@@ -23,7 +23,7 @@ GROUPS = {
         "resident_",
         "merge",
         "row_dot",
-        "key_value_kernel",
+        "key_value_",
         "pad_lists",
     ),
     "matmul": ("gemm", "nvjet", "cutlass", "cublas", "xmma"),
