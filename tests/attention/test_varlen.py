@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from attention.cases import CASES, DEVICES, TOLERANCE, Case, assert_close, attend
-from moba_train.attention import AttentionSpec, varlen
+from moba_train.attention import AttentionSpec, keeping, varlen
 from moba_train.attention.dense_cpu import _groups
 from moba_train.attention.reference import reference
 
@@ -164,3 +164,26 @@ def test_refusals_name_the_reason():
     query = torch.zeros(4, 2, 8)
     assert varlen.refuses(query, query, FULL) is None
     assert "meta" in varlen.refuses(query.to("meta"), query, FULL)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keep", [False, True], ids=["", "kept"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_one_full_segment_goes_to_cudnn(head_dim: int, keep: bool):
+    device = torch.device("cuda")
+    tensors = [torch.randn(777, heads, head_dim, device=device) for heads in (8, 2, 2, 8)]
+    query, key, value, grad_out = (x.bfloat16() for x in tensors)
+    bounds = torch.tensor([0, 777], dtype=torch.int32, device=device)
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    kinds = frozenset({keeping.ATTENTION}) if keep else frozenset()
+    out = checkpoint(
+        lambda *x: varlen.varlen(*x, bounds, 777, FULL, head_dim**-0.5),
+        *inputs,
+        use_reentrant=False,
+        context_fn=lambda: keeping.contexts(kinds),
+    )
+    found = [out, *torch.autograd.grad(out, inputs, grad_out)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = reference(*exact, bounds, 777, FULL, head_dim**-0.5)
+    for got, want in zip(found, [expected, *torch.autograd.grad(expected, exact, grad_out.double())], strict=True):
+        assert (got.double() - want).norm() < 6e-3 * want.norm()
