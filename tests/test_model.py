@@ -13,7 +13,7 @@ from moba_train import hf_attention
 from moba_train.attention.spec import AttentionSpec
 from moba_train.config import ModelConfig, Precision
 from moba_train.loss import IGNORE, TokenLosses
-from moba_train.model import load_model, model_configuration, tokenizer_path
+from moba_train.model import load_model, model_configuration, planned_shape, tokenizer_path
 from moba_train.recompute import checkpoint_activations
 from tiny import TINY_LLAMA
 
@@ -91,6 +91,20 @@ def test_activation_checkpointing_changes_no_number(folder: Path) -> None:
     assert torch.equal(losses, again)
     for one, two in zip(gradients, recomputed, strict=True):
         torch.testing.assert_close(two, one, rtol=1e-6, atol=1e-6)
+
+
+def test_an_architecture_beside_a_path_agrees_with_it(folder: Path) -> None:
+    described = ModelConfig(path=str(folder), architecture=dict(TINY_LLAMA))
+    assert model_configuration(described).hidden_size == 32
+    described.architecture["num_hidden_layers"] = 7
+    with pytest.raises(ValueError, match=r"num_hidden_layers=7 and model\.path=.* has 3: take out the architecture"):
+        model_configuration(described)
+
+
+def test_planned_sizes_need_no_files() -> None:
+    described = ModelConfig(path="nobody/no-such-model", architecture=dict(TINY_LLAMA))
+    assert planned_shape(described) == planned_shape(ModelConfig(architecture=dict(TINY_LLAMA)))
+    assert planned_shape(described).layers == 3
 
 
 def test_no_folder_is_one_line(tmp_path: Path) -> None:
