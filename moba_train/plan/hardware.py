@@ -29,6 +29,7 @@ class PlanConfig:
     nvlink_gbs: float | None = None  # GB/s a GPU sends to the others of its node
     network_gbs: float | None = None  # GB/s a GPU sends to other nodes
     host_gbs: float | None = None  # GB/s between a GPU and pinned host memory, one way
+    pageable_gbs: float | None = None  # the same of memory that is not pinned
     host_update_gbs: float | None = None  # GB/s of the optimizer's update in host memory, a node
     nvme_gbs: float | None = None  # GB/s of a node's disk
 
@@ -50,6 +51,7 @@ class Hardware:
     nvlink_gbs: float
     network_gbs: float
     host_gbs: float
+    pageable_gbs: float
     host_update_gbs: float
     nvme_gbs: float
     measured: bool  # or scaled by data sheet
@@ -72,7 +74,7 @@ H200 = Hardware(
     gpu="H200",
     memory_gb=150.1,
     host_memory_gb=None,
-    matmul_tflops=650,
+    matmul_tflops=720,
     full_forward_tflops=530,
     full_backward_tflops=538,
     # Of the four cases in the README, the gate and the bytes of routed queries taken out.
@@ -83,6 +85,7 @@ H200 = Hardware(
     nvlink_gbs=360,
     network_gbs=40,
     host_gbs=50,
+    pageable_gbs=1.5,  # of DeepSpeed's parameters in host memory
     host_update_gbs=100,
     nvme_gbs=6,
     measured=True,

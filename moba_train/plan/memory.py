@@ -9,8 +9,9 @@ from moba_train.plan.setup import HALF, SINGLE, Setup
 from moba_train.plan.states import Parts
 
 GB = 1e9
-CONTEXT_BYTES = 0.6 * GB  # CUDA, cuBLAS and the kernels' code, outside torch's allocator
-COMMUNICATION_BYTES = 1.0 * GB  # NCCL's buffers, where there are several GPUs
+CONTEXT_BYTES = 1.8 * GB  # CUDA, NCCL and the kernels' code, outside torch's allocator
+COMMUNICATION_BYTES = 1.0 * GB  # NCCL's buffers, where there are several GPUs; not measured
+CUBLAS_BYTES = 2 * 32 << 20  # workspaces of cuBLAS and cuBLASLt, in torch's allocator
 FRAGMENTATION = 0.03  # of the peak: what the allocator holds and cannot use
 OFFLOADED_LAYERS = 2  # inputs of layers that are on the GPU at a time where they wait on the host
 
@@ -51,7 +52,7 @@ class Memory:
 
 def predict_memory(setup: Setup) -> Memory:
     """Of a step of the stage."""
-    always = states.resting(setup) | _inputs(setup)
+    always = states.resting(setup) | _inputs(setup) | {"cuBLAS": CUBLAS_BYTES}
     gathered, everything = states.gathered(setup), setup.shape.parameters
     begin = always | gathered | states.gradients(setup, 0)
     after_loss = always | gathered | states.gradients(setup, setup.output_parameters)

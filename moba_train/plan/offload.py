@@ -8,18 +8,21 @@ from moba_train.plan.hardware import GB_S, Hardware
 from moba_train.plan.setup import HALF, SINGLE, Setup
 
 
-def pass_seconds(setup: Setup, hardware: Hardware) -> float:
-    """Of one micro-batch, beside its arithmetic: layers' inputs out and in, and parameters in for both passes."""
-    offload = setup.train.offload
-    moved = 0.0
-    if offload.hidden_states:
-        moved += 2 * setup.tokens * setup.shape.layers * hidden_state(setup)
-    if offload.parameters is not OffloadDevice.none:
-        moved += 2 * HALF * setup.shape.parameters / setup.world_size
-    seconds = moved / (hardware.host_gbs * GB_S)
-    if offload.parameters is OffloadDevice.nvme:
-        seconds += 2 * HALF * setup.shape.parameters / setup.world_size / _disk(setup, hardware)
-    return seconds
+def hidden_state_seconds(setup: Setup, hardware: Hardware) -> float:
+    """Of one micro-batch: layers' inputs out and in."""
+    if not setup.train.offload.hidden_states:
+        return 0.0
+    return 2 * setup.tokens * setup.shape.layers * hidden_state(setup) / (hardware.host_gbs * GB_S)
+
+
+def parameter_seconds(setup: Setup, hardware: Hardware) -> float:
+    """Of one micro-batch: parameters in for both passes, and the updated ones out."""
+    share = HALF * setup.shape.parameters / setup.world_size
+    device = setup.train.offload.parameters
+    if device is OffloadDevice.none:
+        return 0.0
+    read = 2 * share / _disk(setup, hardware) if device is OffloadDevice.nvme else 0.0
+    return read + 3 * share / (hardware.pageable_gbs * GB_S)
 
 
 def step_seconds(setup: Setup, hardware: Hardware) -> float:
