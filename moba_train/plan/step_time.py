@@ -115,13 +115,8 @@ def _moba(setup: Setup, hardware: Hardware, spec: AttentionSpec) -> float:
     entries = HALF * setup.query_size * setup.tokens * chosen(setup, spec)
     forwards = 1 + _again(setup)
     return (
-<<<<<<< HEAD
-        _slower(setup) * flops * (forwards / forward + 2.5 / backward) / TFLOPS
-        + (1 if setup.train.keep_choices else 2) * gate / hardware.gate_tflops / TFLOPS
-=======
         _slower(setup, 1.15) * flops * (forwards / forward + 2.5 / backward) / TFLOPS
-        + gate / hardware.gate_tflops / TFLOPS
->>>>>>> 4a6440d (plan against measured steps: fifteen configurations, memory within 2 %, time within 14 %)
+        + (1 if setup.train.keep_choices else 2) * gate / hardware.gate_tflops / TFLOPS
         + entries * (3 * forwards + 5) / (hardware.hbm_gbs * GB_S)
     )
 
