@@ -40,6 +40,7 @@ from moba_train.offload import HostMemory
 from moba_train.parallel.engine import set_accumulation
 from moba_train.runtime import Runtime, finish, seed_everything, start
 from moba_train.skipped import SkippedSteps
+from moba_train.validate import micro_batch_rows
 
 FULL = AttentionSpec("full")
 LONGEST_PROFILE = 10  # seconds of a step
@@ -69,7 +70,7 @@ class Case:
     model: str
     context: int
     attentions: tuple[AttentionSpec, ...]
-    rows: int = 1  # of a step, each a micro-batch
+    rows: int = 1  # of a step
     steps: int = 3  # timed, after one that is not
     warm: int = 1
     switches: dict[str, Any] = field(default_factory=dict)  # of ``train``
@@ -120,6 +121,16 @@ CASES = [
         dense_layer=True,
     ),
     Case("smollm2_32k", "smollm2", 32768, (FULL, moba(512, 3)), rows=4, switches=KEPT, profile=True),
+    Case(  # small layers keep the host busier than the GPU, unless a pass has many tokens
+        "smollm2_32k_one_pass",
+        "smollm2",
+        32768,
+        (FULL, moba(512, 3)),
+        rows=4,
+        switches={**KEPT, "micro_batch_tokens": 131072},
+        profile=True,
+    ),
+    Case("tiny_one_pass", "tiny", 1024, (FULL, moba(128, 3)), rows=4, switches={**KEPT, "micro_batch_tokens": 4096}),
     Case("16k", "llama3_1b", 16384, (moba(512, 3),)),
 ]
 SWITCHES = {  # each alone, beside activation checkpointing
@@ -158,15 +169,15 @@ class RandomRows:
         self._generator = torch.Generator().manual_seed(0)
 
     def next_step(self, micro_batch_rows: int) -> list[Batch]:
-        return [self._batch() for _ in range(self._case.rows)]
+        return [self._batch(micro_batch_rows) for _ in range(self._case.rows // micro_batch_rows)]
 
-    def _batch(self) -> Batch:
+    def _batch(self, rows: int) -> Batch:
         length = self._case.context
-        ids = torch.randint(self._vocabulary, (1, length), generator=self._generator)
+        ids = torch.randint(self._vocabulary, (rows, length), generator=self._generator)
         labels = ids.clone()
         labels[:, 0] = -100
-        bounds = torch.tensor([0, length], dtype=torch.int32)
-        return Batch(ids, labels, torch.arange(length)[None], bounds, length)
+        bounds = torch.arange(rows + 1, dtype=torch.int32) * length
+        return Batch(ids, labels, torch.arange(length).repeat(rows, 1), bounds, length)
 
 
 def architecture(name: str) -> dict[str, Any]:
@@ -198,7 +209,7 @@ def build(case: Case, runtime: Runtime) -> train.Run:
         engine: Any = with_switches(model, config, runtime)
     else:
         engine = assemble(model, config, runtime)
-        set_accumulation(engine, case.rows)
+        set_accumulation(engine, case.rows // micro_batch_rows(config, case.context))
     absent = dict.fromkeys(("folder", "store", "heldout", "heldout_batches", "tracker", "interruption", "own_rope"))
     run = train.Run(
         config=config,
