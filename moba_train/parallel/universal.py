@@ -43,7 +43,7 @@ def convert(source: Path, target: Path, zero_stage: int, module: nn.Module) -> N
     for name, parameter in module.named_parameters():
         for kind in ("fp32", *_MOMENTS):
             file = zero / name / f"{kind}.pt"
-            value = torch.load(file, weights_only=False)
+            value = _read(file)
             value = value["param"] if isinstance(value, dict) else value
             torch.save({"param": value.detach().view(_shape(parameter))}, file)
         torch.save(step.clone(), zero / name / "step.pt")
@@ -54,7 +54,7 @@ def convert(source: Path, target: Path, zero_stage: int, module: nn.Module) -> N
         {"optimizer_state_dict": state, "param_groups": groups, "ds_version": _version()}, zero / "optimizer_state.pt"
     )
     model_file = next(file for name in _MODEL_FILES if (file := source / name).exists())
-    counters = torch.load(model_file, weights_only=False, mmap=True)
+    counters = _read(model_file, mmap=True)
     for left in target.glob("*.pt"):
         left.unlink()
     for name in _MODEL_FILES:
@@ -100,15 +100,15 @@ def _convert_partitioned(source: Path, target: Path) -> None:
 def _step(zero: Path) -> torch.Tensor:
     """Optimizer steps done, as a conversion from ZeRO 1-2 (with each parameter) or 3 (with the rest) tells it."""
     for file in zero.glob("*/step.pt"):
-        step = torch.load(file, weights_only=False)
+        step = _read(file)
         break
     else:
-        step = torch.load(zero / "optimizer_state.pt", weights_only=False)["optimizer_state_dict"]["state"][0]["step"]
+        step = _read(zero / "optimizer_state.pt")["optimizer_state_dict"]["state"][0]["step"]
     return torch.as_tensor(step, dtype=torch.float32)
 
 
 def _write_unpartitioned(source: Path, zero: Path, module: nn.Module) -> torch.Tensor:
-    saved = torch.load(source / _MODEL_FILES[0], weights_only=False, mmap=True)
+    saved = _read(source / _MODEL_FILES[0], mmap=True)
     for index, (name, _) in enumerate(_in_optimizer_order(module)):
         state = saved["optimizer"]["state"][index]
         (zero / name).mkdir(parents=True)
@@ -121,12 +121,12 @@ def _load_unpartitioned(folder: Path, engine: Any) -> None:
     state = {}
     for index, (name, parameter) in enumerate(_in_optimizer_order(engine.module)):
         parts = folder / "zero" / name
-        values = {kind: torch.load(parts / f"{kind}.pt")["param"] for kind in ("fp32", *_MOMENTS)}
+        values = {kind: _read(parts / f"{kind}.pt")["param"] for kind in ("fp32", *_MOMENTS)}
         parameter.data.copy_(values.pop("fp32"))
-        state[index] = {**values, "step": torch.load(parts / "step.pt")}
+        state[index] = {**values, "step": _read(parts / "step.pt")}
     settings = engine.optimizer.state_dict()["param_groups"]
     engine.optimizer.load_state_dict({"state": state, "param_groups": settings})
-    counters = torch.load(folder / _MODEL_FILES[0])
+    counters = _read(folder / _MODEL_FILES[0])
     engine.global_steps, engine.global_samples = counters["global_steps"], counters["global_samples"]
     engine.skipped_steps = counters["skipped_steps"]
 
@@ -137,6 +137,11 @@ def _in_optimizer_order(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
     for group in parameter_groups(module, 0.0):
         for parameter in group["params"]:
             yield names[id(parameter)], parameter
+
+
+def _read(file: Path, mmap: bool = False) -> Any:
+    """Onto the CPU: tensors of a GPU would otherwise all come back to that one. ``mmap`` only where ``file`` stays."""
+    return torch.load(file, map_location="cpu", weights_only=False, mmap=mmap)
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
