@@ -64,6 +64,13 @@ def test_a_named_sweep_is_found_again(tiny_overrides: list[str], tmp_path: Path,
     assert {folder.name for folder in second} == {f"attention.top_k={k}" for k in (1, 2, 3)}
 
 
+def test_a_directory_of_hydras_own(tiny_overrides: list[str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(launch, "run", lambda config, file, claim: config.port and 7)
+    folder = tmp_path / "elsewhere"
+    assert cli.run(["train", "-m", *tiny_overrides, f"hydra.sweep.dir={folder}", "attention.top_k=2,3"]) == 7
+    assert sorted(path.name for path in folder.glob("*/resolved.yaml")) == ["resolved.yaml"] * 2
+
+
 @pytest.mark.distributed
 def test_points_of_another_process(tiny_overrides: list[str], tmp_path: Path) -> None:
     """Submitit's local executor: each point is pickled and unpickled in a process of its own, as a batch job's is."""

@@ -78,7 +78,8 @@ def run_hydra(
         raise ValueError(f"a point of the sweep did not end: {str(error).strip().splitlines()[-1]}") from None
     if faults:
         raise faults[0]
-    return _sweeps[-1] if _sweeps else None
+    multirun = {"-m", "--multirun"} & set(options)
+    return _sweeps[-1] if multirun and _sweeps else None
 
 
 def register(schema: type[Config] = Config) -> None:
@@ -113,6 +114,8 @@ def _note_swept(overrides: list[str]) -> None:
     """Leave the keys that are given several values in the environment, which the points inherit wherever they run."""
     parsed = OverridesParser.create().parse_overrides(overrides)
     os.environ[_SWEPT] = ",".join(override.key_or_group for override in parsed if override.is_sweep_override())
+    # A directory that the user names to Hydra itself, in place of ours.
+    _sweeps.extend(Path(str(override.value())) for override in parsed if override.key_or_group == "hydra.sweep.dir")
 
 
 def _key(task: str) -> str:
