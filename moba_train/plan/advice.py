@@ -79,6 +79,8 @@ def _candidates(config: Config) -> Iterator[dict[str, Any]]:
         yield checkpointed
     if train.keep_attention:
         yield {"train.keep_attention": False}
+    if train.keep_choices and train.activation_checkpointing:
+        yield {"train.keep_choices": False}
     if not offload.hidden_states:
         yield {**checkpointed, "train.offload.hidden_states": True}
     if offload.optimizer is OffloadDevice.none:

@@ -1,8 +1,9 @@
 """GPUs and the rates they reach. One of them was measured; the others follow from it and their data sheets.
 
 Rates are what kernels reach, not what a data sheet promises. Those of the H200 are measurements of ours: attention as
-in the README, matmul and copies as the device does them at large sizes. Another GPU's arithmetic is the H200's times
-the ratio of their dense bf16 peaks, and its memory the H200's times the ratio of their bandwidths.
+in the README (on an H100, whose arithmetic is the same), matmul in whole steps of a 1B model, copies at large sizes.
+Another GPU's arithmetic is the H200's times the ratio of their dense bf16 peaks, and its memory the H200's times the
+ratio of their bandwidths.
 """
 
 from __future__ import annotations
@@ -77,10 +78,10 @@ H200 = Hardware(
     matmul_tflops=720,
     full_forward_tflops=530,
     full_backward_tflops=538,
-    # Of the four cases in the README, the gate and the bytes of routed queries taken out.
-    moba_forward_tflops={128: 209, 512: 264, 4096: 470},
-    moba_backward_tflops={128: 320, 512: 315, 4096: 391},
-    gate_tflops=128,
+    # Of the first four cases in the README, the gate and the bytes of routed queries taken out.
+    moba_forward_tflops={128: 234, 512: 309, 4096: 562},
+    moba_backward_tflops={128: 460, 512: 383, 4096: 447},
+    gate_tflops=121,
     hbm_gbs=4000,
     nvlink_gbs=360,
     network_gbs=40,

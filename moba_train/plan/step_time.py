@@ -14,6 +14,9 @@ from moba_train.plan.setup import HALF, Setup
 
 TFLOPS = 1e12
 
+# How much longer an operation takes forward and backward with heads of 64 numbers: the exponentials stay as many.
+HEAD_DIM_64 = {"full": (1.15, 1.31), "moba": (1.5, 1.3)}
+
 # What the host needs to start the operators of a layer or of a tile of the loss, in eager mode: small models wait.
 HOST_SECONDS = {"forward": 0.6e-3, "backward": 1.2e-3, "tile": 0.4e-3}
 
@@ -100,7 +103,7 @@ def _attention(setup: Setup, hardware: Hardware) -> float:
 def _full(setup: Setup, hardware: Hardware) -> float:
     flops = _pair_flops(setup) * full_keys([setup.stage.context_length]) * setup.rows
     forward, backward = hardware.full_forward_tflops, hardware.full_backward_tflops
-    return _slower(setup, 1.3) * flops * ((1 + _again(setup)) / forward + 2.5 / backward) / TFLOPS
+    return _attention_seconds(setup, "full", flops, forward, backward)
 
 
 def _moba(setup: Setup, hardware: Hardware, spec: AttentionSpec) -> float:
@@ -111,13 +114,13 @@ def _moba(setup: Setup, hardware: Hardware, spec: AttentionSpec) -> float:
     # Choosing costs more than scoring, so heads of 64 numbers take as long as those of 128, where it was measured.
     pairs = setup.shape.heads / setup.sequence_parallel_size * gate_scores(length, block_size) * setup.rows
     gate = 2 * max(128, setup.shape.head_dim) * pairs * (top_k > 1)
-    # A query and its partial output for each chosen block, read and written; backward the output's gradient too.
+    # A query and its partial output, or its gradient, for each chosen block, read and written.
     entries = HALF * setup.query_size * setup.tokens * chosen(setup, spec)
     forwards = 1 + _again(setup)
     return (
-        _slower(setup, 1.15) * flops * (forwards / forward + 2.5 / backward) / TFLOPS
+        _attention_seconds(setup, "moba", flops, forward, backward)
         + (1 if setup.train.keep_choices else 2) * gate / hardware.gate_tflops / TFLOPS
-        + entries * (3 * forwards + 5) / (hardware.hbm_gbs * GB_S)
+        + entries * 3 * (forwards + 1) / (hardware.hbm_gbs * GB_S)
     )
 
 
@@ -126,9 +129,10 @@ def _pair_flops(setup: Setup) -> float:
     return 4.0 * setup.query_size / setup.sequence_parallel_size
 
 
-def _slower(setup: Setup, at_64: float) -> float:
-    """For heads of 64 numbers: softmax weighs twice as much beside products half as long."""
-    return 1.0 if setup.shape.head_dim >= 128 else at_64
+def _attention_seconds(setup: Setup, kind: str, flops: float, forward: float, backward: float) -> float:
+    """Of the operations of one forward pass, and two and a half times as many backward, at TFLOP/s of head_dim 128."""
+    slower = HEAD_DIM_64[kind] if setup.shape.head_dim < 128 else (1.0, 1.0)
+    return flops * ((1 + _again(setup)) * slower[0] / forward + 2.5 * slower[1] / backward) / TFLOPS
 
 
 def _host(setup: Setup) -> float:
