@@ -45,17 +45,6 @@ from moba_train.validate import micro_batch_rows
 FULL = AttentionSpec("full")
 LONGEST_PROFILE = 10  # seconds of a step
 HEADS_SHARE = 4  # of a layer's heads, one in as many is timed; their work is independent and fills the GPU by far
-SMOLLM2 = {  # SmolLM2-135M
-    "model_type": "llama",
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
-}
 
 
 def moba(block_size: int, top_k: int) -> AttentionSpec:
@@ -120,10 +109,10 @@ CASES = [
         switches={**LONG, "offload": {"hidden_states": True}},
         dense_layer=True,
     ),
-    Case("smollm2_32k", "smollm2", 32768, (FULL, moba(512, 3)), rows=4, switches=KEPT, profile=True),
+    Case("smollm2_32k", "smollm2_135m", 32768, (FULL, moba(512, 3)), rows=4, switches=KEPT, profile=True),
     Case(  # small layers keep the host busier than the GPU, unless a pass has many tokens
         "smollm2_32k_one_pass",
-        "smollm2",
+        "smollm2_135m",
         32768,
         (FULL, moba(512, 3)),
         rows=4,
@@ -182,9 +171,7 @@ class RandomRows:
 
 def architecture(name: str) -> dict[str, Any]:
     if name == "tiny":
-        return {**SMOLLM2, "num_hidden_layers": 3, "vocab_size": 500}
-    if name == "smollm2":
-        return SMOLLM2
+        return {**architecture("smollm2_135m"), "num_hidden_layers": 3, "vocab_size": 500}
     return yaml.safe_load((folder("configs") / f"model/{name}.yaml").read_text())["architecture"]
 
 

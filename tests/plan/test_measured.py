@@ -23,26 +23,12 @@ from moba_train.plan.step_time import predict_time
 from plan.cases import setup_of
 
 MEASURED = json.loads((Path(__file__).parent / "measured.json").read_text(encoding="utf-8"))
-SMOLLM2 = {  # SmolLM2-135M
-    "model_type": "llama",
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
-}
 MOMENTS = 8  # bytes a parameter
 
 
 def planned(run: dict[str, Any]) -> Setup:
-    if run["model"] == "smollm2":
-        architecture = SMOLLM2
-    else:
-        file = embedded.folder("configs") / "model" / f"{run['model']}.yaml"
-        architecture = yaml.safe_load(file.read_text())["architecture"]
+    file = embedded.folder("configs") / "model" / f"{run['model']}.yaml"
+    architecture = yaml.safe_load(file.read_text())["architecture"]
     config = Config(model=ModelConfig(architecture=architecture))
     config.train = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), run["train"]))  # type: ignore[assignment]
     config.train.tokens_per_step = tokens = run["rows"] * run["context_length"]
