@@ -15,7 +15,8 @@ from moba_train.redact import redact
 FILE = "resolved.yaml"
 
 # What may change between the start of a run and its continuation. The store may lie elsewhere, since a checkpoint knows
-# the content of the store it was trained on; another device or number of threads alters rounding, told on resume.
+# the content of the store it was trained on; another device or number of threads alters rounding, told on resume. What
+# saves memory alters rounding at most, so that a run which ended for want of memory goes on with more of it.
 RESUMABLE = (
     "run.resume",
     "run.label",
@@ -34,6 +35,14 @@ RESUMABLE = (
     "train.offload.",
     "train.micro_batch_tokens",
     "train.activation_checkpointing",
+    "train.keep_choices",
+    "train.keep_attention",
+    "train.loss_tile_tokens",
+    "train.mlp_tile_tokens",
+    "train.gradient_dtype",
+    "train.reduction_dtype",
+    "train.fused_kernels",
+    "attention.backend",
     "train.profile_steps",
     "position_loss.log_every",
 )

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
-from moba_train import preflight, resolved
-from moba_train.config import Config, Precision, Resume, RopeConfig, StageLearningRateConfig, WandbMode
+from moba_train import preflight, resolved, worker
+from moba_train.config import (
+    Config,
+    FusedKernels,
+    OffloadDevice,
+    Precision,
+    Resume,
+    RopeConfig,
+    StageLearningRateConfig,
+    WandbMode,
+)
 
 
 @pytest.fixture
@@ -90,6 +102,37 @@ def test_what_may_differ_in_a_continued_run(rich: Config, tmp_path: Path) -> Non
     other.train.log_every = other.position_loss.log_every = 3
     other.data.store_dir, other.data.threads = "/store", 8
     assert resolved.differences(rich, other) == []
+
+
+MEMORY: dict[str, Any] = {
+    "train.micro_batch_tokens": 256,
+    "train.zero_stage": 3,
+    "train.sequence_parallel_size": 2,
+    "train.activation_checkpointing": True,
+    "train.keep_attention": False,
+    "train.keep_choices": False,
+    "train.mlp_tile_tokens": 64,
+    "train.loss_tile_tokens": 64,
+    "train.offload.optimizer": OffloadDevice.cpu,
+    "train.offload.hidden_states": True,
+    "train.gradient_dtype": Precision.bf16,
+    "train.reduction_dtype": Precision.bf16,
+    "train.fused_kernels": FusedKernels.none,
+    "attention.backend": "varlen",
+}
+
+
+def test_a_run_that_lacked_memory_may_go_on_as_its_last_words_advise(rich: Config, tmp_path: Path) -> None:
+    rich.train.micro_batch_tokens, rich.train.keep_attention, rich.launch.processes = 512, True, 4
+    file = tmp_path / resolved.FILE
+    file.write_text(resolved.to_yaml(rich))
+    advised = re.findall(r"train\.[a-z_.]+", worker._out_of_memory(torch.OutOfMemoryError("no memory"), rich))
+    assert {"train.mlp_tile_tokens", "train.keep_attention", "train.offload.optimizer"} <= set(advised)
+    for key in {*advised, *MEMORY}:
+        other = resolved.load(file)
+        *path, last = key.split(".")
+        setattr(operator.attrgetter(".".join(path))(other), last, MEMORY[key])
+        assert other != rich and resolved.differences(rich, other) == [], key
 
 
 def test_what_may_not_differ(rich: Config, tmp_path: Path) -> None:
