@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,19 @@ def test_a_named_sweep_is_found_again(tiny_overrides: list[str], tmp_path: Path,
     assert [folder.parent for folder in started] == [tmp_path / "runs/widths"] * 5
     assert len(set(first)) == 2 and set(first) < set(second)
     assert {folder.name for folder in second} == {f"attention.top_k={k}" for k in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_whole_sweep(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch, capsys, number: int
+) -> None:
+    started: list[Path] = []
+    monkeypatch.setattr(launch, "run", lambda config, file, claim: started.append(file.parent) or 128 + number)
+    with pytest.raises(SystemExit) as end:
+        cli.run(["train", "--multirun", *tiny_overrides, "run.name=widths", "attention.top_k=2,3"])
+    assert end.value.code == 128 + number
+    assert started == [tmp_path / "runs/widths/attention.top_k=2"]
+    assert f"error: the sweep in {tmp_path / 'runs/widths'} ends here" in capsys.readouterr().err
 
 
 def test_a_directory_of_hydras_own(tiny_overrides: list[str], tmp_path: Path, monkeypatch) -> None:

@@ -13,6 +13,7 @@ moba-train train --cfg job                                  print every setting,
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from datetime import datetime
 from functools import partial
@@ -29,8 +30,11 @@ from moba_train.commands import sweep
 from moba_train.commands.compose import run_hydra
 from moba_train.config import Config
 from moba_train.parallel import launch, started
+from moba_train.parallel.supervise import INTERRUPTED
 from moba_train.summary import print_summary, read_result
 from moba_train.validate import validate
+
+STOPPED = (*INTERRUPTED, 128 + signal.SIGINT)  # the exit codes of a run that was told to stop
 
 console = Console()
 
@@ -60,6 +64,9 @@ def point(codes: list[int], composed: DictConfig) -> float | None:
     codes.append(code)
     if hydra.mode is RunMode.MULTIRUN:
         sweep.note(Path(hydra.sweep.dir), hydra.job.num, code, error)
+        if code in STOPPED:
+            print(f"error: the sweep in {hydra.sweep.dir} ends here, since it was told to stop", file=sys.stderr)
+            sys.exit(code)
     if code:
         return float("inf")  # the worst objective: a sweep goes on to its other points
     return read_result(folder)["trailing_loss"] if (folder / "result.json").is_file() else None
