@@ -28,6 +28,7 @@ from moba_train.parallel.watchdog import Watchdog
 def where_it_hangs():
     time.sleep(60)
 dog = Watchdog(rank=3, minutes=0.02)
+time.sleep(1.5)
 for step in range(4):
     time.sleep(0.5)
     dog.beat(f"step {step}")

@@ -19,6 +19,8 @@ EXIT_CODE = 5
 class Watchdog:
     """Ends this process, with the stacks of its threads, when ``beat`` was not called for ``minutes``.
 
+    It watches from the first ``beat`` on: before that a checkpoint may be converted, however long that takes.
+
     Args:
         rank: told in the message
         minutes: ``launch.timeout_minutes``
@@ -26,14 +28,16 @@ class Watchdog:
 
     def __init__(self, rank: int, minutes: float) -> None:
         self._rank, self._minutes = rank, minutes
-        self._doing = "starting"
-        self._last = time.monotonic()
+        self._doing = ""
+        self._last = 0.0
         self._stopped = threading.Event()
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self, doing: str) -> None:
         """Progress was made; ``doing``, such as "step 12", has just begun."""
         self._doing, self._last = doing, time.monotonic()
+        if not self._thread.ident:
+            self._thread.start()
 
     def stop(self) -> None:
         self._stopped.set()
