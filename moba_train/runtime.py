@@ -94,9 +94,10 @@ def choose_device(launch: LaunchConfig, local_rank: int, processes: int) -> torc
     if launch.device is Device.cpu or (not launch.needs_gpus and seen == 0):
         return torch.device("cpu")
     if seen < processes:
+        fewer = f"start at most {seen} there, or " if seen else ""
         raise ValueError(
-            f"{launch.counted} with {seen} GPUs seen on {socket.gethostname()} for its {processes} processes: start "
-            f"at most {seen} there, or set launch.processes and launch.device=cpu"
+            f"{launch.counted} with {seen} GPUs seen on {socket.gethostname()} for its {processes} processes: {fewer}"
+            f"set launch.processes and launch.device=cpu in their place"
         )
     return torch.device("cuda", local_rank)
 

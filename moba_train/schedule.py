@@ -118,7 +118,8 @@ def build_schedule(config: Config) -> Schedule:
 
     Raises:
         ValueError: a stage without exactly one of tokens and share, a share without ``schedule.tokens``, shares that
-            do not add up to 1, or a context length that does not divide a step; the message names the key.
+            do not add up to 1, a context length that does not divide a step, or steps to trace that are none of
+            the run's; the message names the key.
     """
     stages = config.schedule.stages
     if not stages:
@@ -142,6 +143,8 @@ def build_schedule(config: Config) -> Schedule:
     names = [stage.name for stage in built]
     if len(set(names)) != len(names):
         raise ValueError(f"schedule.stages have the names {names}: give each stage a name of its own")
+    if config.train.profile_steps and config.train.profile_steps[1] > first:
+        raise ValueError(f"train.profile_steps={config.train.profile_steps} with {first} steps: name steps of the run")
     return Schedule(tuple(built), tokens_per_step, config.schedule.learning_rate)
 
 

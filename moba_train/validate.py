@@ -75,6 +75,7 @@ def _ranges(config: Config) -> None:
         "launch.nodes": (config.launch.nodes, 1),
         "launch.threads": (config.launch.threads, 0),
         "launch.port": (config.launch.port, 0),
+        "launch.slurm.save_seconds": (config.launch.slurm.save_seconds, 0),
         "data.threads": (config.data.threads, 0),
         "data.min_document_tokens": (config.data.min_document_tokens, 1),
         "optimizer.weight_decay": (config.optimizer.weight_decay, 0),

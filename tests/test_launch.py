@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from moba_train.config import LaunchConfig
+from moba_train.config import Device, LaunchConfig, LaunchKind
 from moba_train.parallel import launch, lifetime, local, supervise
 
 REST = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
@@ -68,6 +68,12 @@ def test_how_many(settings: dict[str, int], size: int) -> None:
         ({"gpus": 8, "gpus_per_node": 4}, r"launch\.gpus=8 and launch\.nodes x launch\.gpus_per_node=4 differ"),
         ({"nodes": 2}, r"launch\.nodes=2 with launch=local: choose launch=hostfile or launch=slurm"),
         ({"hostfile": "hosts"}, r"launch\.hostfile=hosts with launch=local"),
+        ({"kind": LaunchKind.slurm, "nodes": 0, "processes": 8}, r"launch\.nodes=0: must be at least 1"),
+        ({"kind": LaunchKind.hostfile, "nodes": -1}, r"launch\.nodes=-1: must be at least 1"),
+        ({"gpus": 0}, r"launch\.gpus=0: must be at least 1"),
+        ({"gpus": 2, "device": Device.cpu}, r"launch\.gpus=2 with launch\.device=cpu: give launch\.processes=2"),
+        ({"ssh_options": ["-v"]}, r"launch\.ssh_options=\['-v'\] with launch=local: choose launch=hostfile"),
+        ({"python": "python3"}, r"launch\.python=python3 with launch=local"),
     ],
 )
 def test_numbers_that_contradict(settings: dict[str, object], words: str) -> None:

@@ -77,6 +77,7 @@ def _stage(config: Config, **changes: object) -> None:
         (lambda c: _stage(c, tokens=None, share=1.5), r"share=1.5: must be above 0"),
         (lambda c: _stage(c, context_length=100), r"stages\[0\].context_length=100 does not divide .*=512"),
         (lambda c: _stage(c, name="full"), "give each stage a name of its own"),
+        (lambda c: setattr(c.train, "profile_steps", [6, 7]), r"train.profile_steps=\[6, 7\] with 6 steps: name steps"),
         (lambda c: setattr(c.attention, "top_k", 0), "attention.top_k=0: must be at least 1"),
         (
             lambda c: setattr(c.schedule.stages[0].attention, "block_size", 0),

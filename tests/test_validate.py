@@ -57,6 +57,7 @@ OUT_OF_RANGE = [
     ("launch.processes", 0),
     ("launch.threads", -1),
     ("launch.port", 65536),
+    ("launch.slurm.save_seconds", -1),
     ("data.threads", -1),
     ("data.heldout_fraction", 1.5),
     ("data.min_document_tokens", 0),

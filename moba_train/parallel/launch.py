@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from moba_train.config import LaunchConfig, LaunchKind
+from moba_train.config import Device, LaunchConfig, LaunchKind
 from moba_train.parallel import hosts, local, slurm, ssh, started, variables
 
 _REMOTE_PORTS = range(20000, 32000)  # below those that Linux gives to outgoing connections
@@ -97,9 +97,20 @@ def _check_counts(launch: LaunchConfig) -> None:
         "launch.nodes x launch.gpus_per_node": launch.gpus_per_node and launch.nodes * launch.gpus_per_node,
     }
     given = {key: count for key, count in counts.items() if count is not None}
+    for key, count in {**given, "launch.nodes": launch.nodes}.items():
+        if count < 1:
+            raise ValueError(f"{key}={count}: must be at least 1")
     if len(set(given.values())) > 1:
         raise ValueError(f"{' and '.join(f'{key}={count}' for key, count in given.items())} differ: give one of them")
+    if launch.device is Device.cpu and (launch.gpus or launch.gpus_per_node):
+        raise ValueError(f"{launch.counted} with launch.device=cpu: give launch.processes={launch.world_size} instead")
     if launch.kind is LaunchKind.local and launch.nodes != 1:
         raise ValueError(f"launch.nodes={launch.nodes} with launch=local: choose launch=hostfile or launch=slurm")
-    if launch.hostfile is not None and launch.kind is not LaunchKind.hostfile:
-        raise ValueError(f"launch.hostfile={launch.hostfile} with launch={launch.kind.name}: choose launch=hostfile")
+    for key in ("hostfile", "ssh_options"):
+        if (value := getattr(launch, key)) and launch.kind is not LaunchKind.hostfile:
+            raise ValueError(f"launch.{key}={value} with launch={launch.kind.name}: choose launch=hostfile")
+    if launch.python is not None and launch.kind in (LaunchKind.local, LaunchKind.environment):
+        raise ValueError(
+            f"launch.python={launch.python} with launch={launch.kind.name}, which takes this command's: drop it, or "
+            f"choose launch=hostfile or launch=slurm"
+        )
