@@ -266,15 +266,35 @@ def test_tiles_fit_the_shared_memory(head_dim, block_size, kibibytes):
 @kernels
 def test_refusals_name_the_reason():
     op, _, _ = modules()
-    tensors = {dim: Case("r", (20,), head_dim=dim).tensors(DEVICE, DTYPE)[:2] for dim in (32, 36, 264)}
+    tensors = {dim: Case("r", (20,), head_dim=dim).tensors(DEVICE, DTYPE)[:2] for dim in (8, 16, 32, 36, 264)}
     spec = Case("r", (20,)).spec
     assert op.refuses(*tensors[32], spec) is None
-    assert "head_dim 36" in op.refuses(*tensors[36], spec)
-    assert "head_dim 264" in op.refuses(*tensors[264], spec)
+    assert op.refuses(*tensors[16], spec) is None
+    assert op.refuses(*tensors[8], spec) == "it takes head_dim in multiples of 8 from 16 to 256, and query has 8"
+    assert "query has 36" in op.refuses(*tensors[36], spec)
+    assert "query has 264" in op.refuses(*tensors[264], spec)
     assert "block_size 8" in op.refuses(*tensors[32], Case("r", (20,), block_size=8).spec)
     assert "float32" in op.refuses(*(x.float() for x in tensors[32]), spec)
     with pytest.raises(ValueError, match=r"scale is -1.0"):
         op.triton_attention(*tensors[32], tensors[32][1], torch.tensor([0, 20]).int().to(DEVICE), 20, spec, -1.0)
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "top_k", "refusal"),
+    [
+        (1 << 20, 32, 8, 33, None),
+        (1 << 20, 32, 8, 65, "there are 2147483648 choices, above 2146435072"),
+        (1 << 20, 16, 1, 65, "one kv head makes 1073741824 choices, above 1073741824"),
+        (1 << 10, 32, 8, 10**9, None),  # more than there are
+    ],
+)
+def test_more_choices_than_int32_counts_are_refused(tokens, heads, kv_heads, top_k, refusal):
+    """Lists of all kv heads follow each other, in one count."""
+    op, _, _ = modules()
+    query, key = (torch.empty(1, 1, 1, dtype=DTYPE, device=DEVICE).expand(tokens, n, 64) for n in (heads, kv_heads))
+    found = op.refuses(query, key, Case("r", (20,), block_size=16, top_k=top_k).spec)
+    assert found is None if refusal is None else found.startswith(refusal)
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests above run here themselves")

@@ -22,8 +22,9 @@ from moba_train.attention.kernels.select import choice_type, select
 from moba_train.attention.spec import AttentionSpec
 
 SMALLEST_BLOCK = 16  # keys of the smallest tensor-core product
-LARGEST_HEAD_DIM = 256
+HEAD_DIMS = range(16, 257, 8)  # 16: the shortest sum of a tensor-core product
 MOST_ENTRIES = 1 << 30  # of one kv head: entries and their padding are counted in int32
+MOST_CHOICES = (1 << 31) - (1 << 20)  # of all heads: their lists have int32 bounds, and are read a tile ahead
 
 
 @torch.library.custom_op("moba_train::choose", mutates_args=())
@@ -184,13 +185,18 @@ def refuses(query: Tensor, key: Tensor, spec: AttentionSpec) -> str | None:
         return "Triton's interpreter multiplies bfloat16 as integers"
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"it computes in bfloat16 or float16, not {query.dtype}"
-    if query.shape[-1] > LARGEST_HEAD_DIM or query.shape[-1] % 8:
-        return f"head_dim {query.shape[-1]} is not a multiple of 8 up to {LARGEST_HEAD_DIM}"
+    tokens, heads, head_dim = query.shape
+    if head_dim not in HEAD_DIMS:
+        return f"it takes head_dim in multiples of 8 from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, and query has {head_dim}"
     if block_size < SMALLEST_BLOCK:
         return f"block_size {block_size} is below {SMALLEST_BLOCK}"
-    entries = query.shape[0] * (query.shape[1] // key.shape[1]) * (top_k - 1)
-    if entries >= MOST_ENTRIES:
-        return f"one kv head makes {entries} choices, above {MOST_ENTRIES}; use a smaller top_k or fewer tokens"
+    choices = tokens * heads * min(top_k - 1, (tokens - 1) // block_size)  # at most: one segment has most blocks
+    for whose, made, most in (
+        ("one kv head makes", choices // key.shape[1], MOST_ENTRIES),
+        ("there are", choices, MOST_CHOICES),
+    ):
+        if made >= most:
+            return f"{whose} {made} choices, above {most}; use a smaller top_k or fewer tokens"
     return None
 
 
