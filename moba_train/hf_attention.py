@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from moba_train.attention import backends
 from moba_train.attention.key_conv import KeyConvolution
-from moba_train.attention.spec import AttentionSpec
+from moba_train.attention.spec import AttentionSpec, check_bounds, check_inputs
 
 NAME = "moba"
 
@@ -116,7 +116,8 @@ def attention_forward(
         output (batch, length, heads, head_dim), and None in the place of attention weights.
 
     Raises:
-        ValueError: no plan was set, or a mask, dropout, cache or score change that this attention cannot honour.
+        ValueError: no plan was set; a mask, dropout, cache or score change that this attention cannot honour; segment
+            bounds of another type or device, and, on a CPU, those that do not cover the tokens.
     """
     spec = getattr(module, "attention_spec", None)
     if spec is None:
@@ -126,12 +127,21 @@ def attention_forward(
     if cu_seq_lens_q is None:
         cu_seq_lens_q = segment_bounds(position_ids, batch, length, query.device)
         max_length_q = length
-    assert max_length_q is not None, "cu_seq_lens_q comes with max_length_q"
+    elif max_length_q is None:
+        raise ValueError("cu_seq_lens_q is given and max_length_q is not: give the length of the longest segment")
     q, k, v = (x.transpose(1, 2).reshape(batch * length, x.shape[1], head_dim) for x in (query, key, value))
+    _check_segments(q, k, v, cu_seq_lens_q, max_length_q)
     scale = head_dim**-0.5 if scaling is None else scaling
     attend = backends.resolve(module.attention_backend, q, k, spec)  # type: ignore[arg-type]
     output = attend(q, k, v, cu_seq_lens_q, max_length_q, spec, scale)
     return output.view(batch, length, heads, head_dim), None
+
+
+def _check_segments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, max_length: int) -> None:
+    """The bounds' values are looked at on a CPU alone: elsewhere every layer would wait for the device."""
+    check_inputs(q, k, v, bounds)
+    if bounds.device.type == "cpu" and (longest := check_bounds(bounds, len(q))) > max_length:
+        raise ValueError(f"max_length_q is {max_length} and the longest segment has {longest} tokens: give that")
 
 
 def segment_bounds(position_ids: torch.Tensor | None, batch: int, length: int, device: torch.device) -> torch.Tensor:

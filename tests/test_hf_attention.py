@@ -92,6 +92,24 @@ def test_packed_segments_do_not_see_each_other(spec: AttentionSpec, given: str) 
     torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("bounds", "longest", "message"),
+    [
+        (torch.tensor([0, 30, 90]), 60, "cu_seqlens has dtype torch.int64; give torch.int32"),
+        (torch.tensor([0, 30, 90], dtype=torch.int32, device="meta"), 60, "cu_seqlens is on meta and query on cpu"),
+        (torch.tensor([0, 30, 80], dtype=torch.int32), 60, "cu_seqlens ends at 80 and query has 90 tokens"),
+        (torch.tensor([0, 30, 90], dtype=torch.int32), 30, "max_length_q is 30 and the longest segment has 60 tokens"),
+        (torch.tensor([0, 30, 90], dtype=torch.int32), None, "cu_seq_lens_q is given and max_length_q is not"),
+    ],
+    ids=["type", "device", "end", "longest", "no longest"],
+)
+def test_segment_bounds_that_do_not_fit_are_refused(bounds: torch.Tensor, longest: int | None, message: str) -> None:
+    _, ours = pair()
+    hf_attention.set_plan(ours, [MOBA] * 3)
+    with pytest.raises(ValueError, match=message):
+        ours(torch.zeros(1, 90, dtype=torch.long), use_cache=False, cu_seq_lens_q=bounds, max_length_q=longest)
+
+
 def test_a_custom_scaling_is_honoured() -> None:
     theirs, ours = pair()
     for model in (theirs, ours):

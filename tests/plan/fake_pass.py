@@ -46,6 +46,7 @@ def pass_through(
         return Blocks(*(torch.empty(size, dtype=torch.int32) for size in (blocks + 1, blocks, tokens)))
 
     monkeypatch.setattr(op, "cut", cut)
+    monkeypatch.setattr(hf_attention, "check_bounds", lambda bounds, tokens: 0)  # so does this
     monkeypatch.setitem(
         backends.BACKENDS, "triton", backends.Backend(backends._triton, lambda query, key, spec: None, ("moba",))
     )
