@@ -211,6 +211,7 @@ def test_other_verbs(refused) -> None:
     assert refused(verb="report") == "run is not given: moba-train report run=DIRECTORY"
     assert "/nope" in refused("run=/nope", verb="report")
     assert "'run' is not key=value" in refused("run", verb="report")
+    assert refused("tokens=[64", verb="bench") == "tokens=[64 cannot be read: close its brackets and quotes"
     assert "ru" in refused("ru=x", verb="report")
     assert "model=llama" in refused("model=llama", verb="fetch")
     assert "attention.blok" in refused("attention.blok=1", verb="prepare")

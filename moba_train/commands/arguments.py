@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from omegaconf import MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 T = TypeVar("T")
 
@@ -19,6 +20,10 @@ def parse(schema: type[T], arguments: list[str], usage: str) -> T:
     for argument in arguments:
         if "=" not in argument:
             raise ValueError(f"{argument!r} is not key=value: moba-train {usage}")
+        try:
+            OmegaConf.from_dotlist([argument])
+        except YAMLError:
+            raise ValueError(f"{argument} cannot be read: close its brackets and quotes") from None
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(arguments))
         values = OmegaConf.to_object(merged)
