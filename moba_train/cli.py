@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 
 from moba_train import __version__
@@ -38,6 +39,7 @@ def run(arguments: list[str]) -> int:
     if rest and rest[0] in ("-h", "--help"):
         print(command.__doc__)
         return 0
+    _configure_logging()
     try:
         return command.main(rest)
     except ValueError as error:
@@ -51,6 +53,13 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _configure_logging() -> None:
+    """What may take hours says what it does. The processes of a run have settings of their own (runtime.py)."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for name in ("moba_train.data", "moba_train.fetch"):
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 def _help() -> str:

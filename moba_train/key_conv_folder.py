@@ -26,10 +26,10 @@ FILE = "key_conv.safetensors"
 _PARAMETER = ".key_conv.weight"
 
 
-def own_configuration(location: str) -> PretrainedConfig | None:
+def own_configuration(location: str, local_files_only: bool = False) -> PretrainedConfig | None:
     """The dense model's configuration, with its ``key_conv`` set, of a folder or hub name that ``save`` wrote; None of
     any other."""
-    settings, _ = PretrainedConfig.get_config_dict(location)
+    settings, _ = PretrainedConfig.get_config_dict(location, local_files_only=local_files_only)
     if settings.get("model_type") != MODEL_TYPE:
         return None
     kind = settings.pop("base_model_type")

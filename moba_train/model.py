@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from moba_train import key_conv_folder
+from moba_train import hub, key_conv_folder
 from moba_train.config import ModelConfig, Precision
 from moba_train.cost import DecoderShape
 
@@ -97,9 +97,10 @@ def _loaded_configuration(model: ModelConfig) -> PretrainedConfig:
     if folder.is_dir() and model.gguf_file is None and not _holds_weights(folder):
         raise ValueError(f"model.path={model.path} holds no weights ({' or '.join(_WEIGHTS)}): give the whole folder")
     try:
-        if model.gguf_file is None and (own := key_conv_folder.own_configuration(_location(model))) is not None:
+        location, how = _location(model), _how(model)
+        if model.gguf_file is None and (own := key_conv_folder.own_configuration(location, **how)) is not None:
             return own
-        return AutoConfig.from_pretrained(_location(model), trust_remote_code=False, **_gguf(model))
+        return AutoConfig.from_pretrained(location, trust_remote_code=False, **how)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise ValueError(
             f"model.path={model.path} cannot be loaded ({_one_line(error)}): give a Hugging Face model folder"
@@ -175,7 +176,7 @@ def load_model(model: ModelConfig, precision: Precision, key_conv: int = 0) -> P
         keywords |= {"config": configuration, "variant": key_conv_folder.VARIANT}
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            _location(model), trust_remote_code=False, **keywords, **_gguf(model)
+            _location(model), trust_remote_code=False, **keywords, **_how(model)
         )
         if width:
             hf_attention.add_key_convolutions(loaded, width)
@@ -193,8 +194,10 @@ def _location(model: ModelConfig) -> str:
     return str(folder) if folder.is_dir() else model.path
 
 
-def _gguf(model: ModelConfig) -> dict[str, str]:
-    return {} if model.gguf_file is None else {"gguf_file": model.gguf_file}
+def _how(model: ModelConfig) -> dict[str, Any]:
+    """How transformers is to load it, beside where from."""
+    gguf = {} if model.gguf_file is None else {"gguf_file": model.gguf_file}
+    return {"local_files_only": hub.out_of_reach(_location(model)), **gguf}
 
 
 def tokenizer_path(model: ModelConfig) -> str:

@@ -189,8 +189,9 @@ def read_records(source: SourceConfig, files: list[SourceFile], file: int = 0, r
             for record in _joined(source, records):
                 yield record._replace(file=number)
         except UNREADABLE as error:
+            why = " ".join(str(error).split())  # tarfile has a line for each compression it tried
             raise ValueError(
-                f"source {source.name!r}: {path} cannot be read ({error}); replace it, or leave it out"
+                f"source {source.name!r}: {path} cannot be read ({why}); replace it, or leave it out"
             ) from error
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from moba_train import hub
 from moba_train.config import FileOrder, SourceConfig
 from moba_train.data.imports import imports_first
 
@@ -76,10 +77,14 @@ def read_jsonl(source: SourceConfig, path: Path) -> Iterator[Record]:
             except (ValueError, RecursionError) as error:
                 yield Record(0, row, None, f"{where} is not JSON ({error})", share)
                 continue
-            missing = [field for field in fields_of(source) if not isinstance(record, dict) or field not in record]
+            if not isinstance(record, dict):  # all of a .json file as one list, most often
+                kind = type(record).__name__
+                yield Record(0, row, None, f"{where} is a JSON {kind}; JSONL has an object a line", share)
+                continue
+            missing = [field for field in fields_of(source) if field not in record]
             if not missing:
                 yield _record(source, row, [record[field] for field in fields_of(source)], where, share)
-            elif row == 0 and isinstance(record, dict):
+            elif row == 0:
                 raise _no_field(missing[0], source, path, record)
             else:
                 yield Record(0, row, None, f"{where} has no field {missing[0]!r}", share)
@@ -124,6 +129,8 @@ def read_hub(source: SourceConfig, start: int) -> Iterator[Record]:
 
     name, arguments = hub_arguments(source)
     try:
+        if hub.out_of_reach(name):
+            raise OSError(f"{hub.ENDPOINT} cannot be reached")
         stream = datasets.load_dataset(**arguments, streaming=True)
     except Exception as error:  # datasets, huggingface_hub, fsspec and the network: each has its own
         first = str(error).strip().partition("\n")[0]

@@ -79,6 +79,8 @@ def check_source(source: SourceConfig, tokenizer: Tokenizer) -> None:
         ValueError: settings that do not go together, or token ids of another tokenizer.
     """
     name = f"source {source.name!r}"
+    if source.max_tokens is not None and source.max_tokens < 1:
+        raise ValueError(f"{name} has max_tokens={source.max_tokens}: give it at least 1, or leave the source out")
     records = source.format not in (SourceFormat.text, SourceFormat.repository)
     kinds = [field for field in ("group_field", "files_field", "token_field") if getattr(source, field)]
     if len(kinds) > 1 or (kinds and not records):

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tokenizers
 
+from moba_train import hub
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -129,7 +131,7 @@ def _from_transformers(path: str) -> Tokenizer:
     from transformers import AutoTokenizer  # seconds to import; a tokenizer.json needs none of it
 
     try:
-        loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=hub.out_of_reach(path))
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"tokenizer {path!r} cannot be loaded as a folder or hub name: {first}") from error

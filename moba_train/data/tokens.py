@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 
 
 def prepare_store(data: DataConfig, tokenizer_path: str, progress: bool = True) -> Path:
-    """The folder with ``data``'s token stores, which are made first where they are missing or unfinished.
+    """The folder with ``data``'s token stores, which are made first where they are missing or unfinished; with
+    ``progress`` it is said how far that is.
 
     A whole store serves without the documents that it was made of.
 
@@ -55,6 +56,8 @@ def prepare_store(data: DataConfig, tokenizer_path: str, progress: bool = True) 
             "it anew, or data.name to keep it beside the new one"
         )
     if finished and not changes:
+        if progress:
+            log.info("the token store %s is complete: nothing to prepare", folder)
         return folder
     for group in inputs.GROUPS:
         for source in getattr(data, group):

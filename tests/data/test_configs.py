@@ -17,7 +17,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from mds_shards import COLUMNS, packed, write
-from moba_train import embedded, resolved
+from moba_train import embedded, hub, resolved
 from moba_train.commands.compose import register
 from moba_train.config import Config, SourceFormat
 from moba_train.data.mix import build_mix
@@ -154,6 +154,7 @@ def test_ready_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
     if any(source.path.endswith(".zst") for source in config.data.train):
         pytest.importorskip("zstandard", reason="datasets reads .zst with it")
     monkeypatch.setattr(datasets, "load_dataset", load_locally(tmp_path))
+    monkeypatch.setattr(hub, "out_of_reach", lambda name: False)
     write_prolong(config)
     assert config.data.name == name
     if config.data.heldout_fraction:

@@ -112,7 +112,7 @@ def test_text_encodings(tmp_path: Path) -> None:
         (b'{"text": "cut off', "line 2001 is not JSON"),
         (b'{"text": "\xff"}', "line 2001 is not JSON"),
         (b'{"other": 1}', "line 2001 has no field 'text'"),
-        (b'["text"]', "line 2001 has no field 'text'"),
+        (b'["text"]', "line 2001 is a JSON list; JSONL has an object a line"),
         (b'{"text": 7}', "line 2001: the text is int, not a string"),
         (b'{"text": null}', "line 2001: the text is NoneType"),
         (b'{"text": "\\ud800"}', "line 2001 is not Unicode text"),

@@ -355,6 +355,9 @@ def test_bad_input_leaves_no_store(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "a.jsonl", ["", "", "two words"])
     with pytest.raises(ValueError, match=r"data\.train names no source"):
         prepare_store(config(tmp_path), TOKENIZER)
+    nothing = SourceConfig(name="n", path=str(tmp_path / "a.jsonl"), format=SourceFormat.jsonl, max_tokens=0)
+    with pytest.raises(ValueError, match="source 'n' has max_tokens=0: give it at least 1"):
+        prepare_store(config(tmp_path, nothing), TOKENIZER)
     with pytest.raises(ValueError, match=r"data\.heldout_fraction is 1\.0"):
         prepare_store(config(tmp_path, source, heldout_fraction=1.0), TOKENIZER)
     with pytest.raises(

@@ -1,0 +1,29 @@
+"""Whether the Hugging Face hub is there. Where it is not, huggingface_hub itself tries 23 seconds before it says so, a
+file at a time."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.utils import get_session
+
+CONNECT_SECONDS = 4.0  # three tries of TCP
+
+
+def out_of_reach(location: str) -> bool:
+    """Whether ``location`` is no folder or file but a hub name, and no connection to the hub can be made, so that only
+    what was downloaded before is left (``local_files_only``). A hub that answers late or with errors is in reach:
+    huggingface_hub asks it again."""
+    return not Path(location).exists() and not _connects()
+
+
+@functools.cache
+def _connects() -> bool:
+    try:
+        # The session that will be used, with its proxies and certificates.
+        get_session().head(ENDPOINT, timeout=CONNECT_SECONDS)
+    except Exception as error:  # of httpx or httpx2, by the version of huggingface_hub
+        return type(error).__name__ not in ("ConnectError", "ConnectTimeout")
+    return True
