@@ -83,6 +83,7 @@ class _ScaledLoss(torch.autograd.Function):
             # The scale goes into the product's own fp32, so that bf16 rounds once.
             torch.addmm(grad_tile, gradient, weight, beta=0, alpha=scale, out=grad_tile)
             add_product(grad_weight, gradient.t(), tile)
+            del gradient  # before the next tile's logits are made
         ctx.gradients = (grad_hidden, grad_weight.mul_(scale).to(weight.dtype))
         ctx.mark_non_differentiable(losses)
         return losses.sum() * scale, losses

@@ -107,6 +107,7 @@ class _Tiles(torch.autograd.Function):
             _add_gradients(sums, 1, grad_up, tile)
             torch.mm(grad_gate, gate_weight, out=grad_hidden_tile)
             grad_hidden_tile.addmm_(grad_up, up_weight)
+            del gate, up, product, grad_gate, grad_up  # before the next tile's are made, and the sums in bf16
         found = [s if s is None else s.to(w.dtype) for s, w in zip(sums, ctx.weights, strict=True)]
         return grad_hidden, None, None, None, *found
 

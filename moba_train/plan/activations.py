@@ -92,15 +92,14 @@ def mlp_backward(setup: Setup) -> int:
 
 def mlp_fixed(setup: Setup) -> int:
     """Bytes in the MLP's backward pass that do not grow with the row: the gradient of its last weight. A tiled MLP: the
-    fp32 sums of its weights' gradients, and either a tile's activations and the two gradients that are left of the tile
-    before, or what is left of the last tile and the sums in bf16."""
+    fp32 sums of its weights' gradients, and either a tile's activations or, when the last tile is gone, the sums in
+    bf16."""
     m, weight = setup.shape.mlp_size, setup.shape.hidden_size * setup.shape.mlp_size
     if not setup.train.mlp_tile_tokens:
         return HALF * weight
     tile = HALF * m * min(setup.train.mlp_tile_tokens, setup.tokens)
-    within, after = (4, 3) if setup.fused else (7, 5)
-    within += 2 * (setup.train.mlp_tile_tokens < setup.tokens)
-    return 3 * SINGLE * weight + max(within * tile, after * tile + 3 * HALF * weight)
+    within = 4 if setup.fused else 7
+    return 3 * SINGLE * weight + max(within * tile, 3 * HALF * weight)
 
 
 def norm_backward(setup: Setup) -> int:

@@ -102,18 +102,17 @@ def _loss(setup: Setup) -> Parts:
     """While the last tile is computed; the gradients of the hidden states of those before it wait.
 
     Where this rank has the whole output layer, gradients come with the losses, the output layer's in fp32: a fused
-    kernel writes a tile's over its logits, and plain torch makes two fp32 tensors beside logits and gradient; the
-    gradient of the tile before is still there. At the end the sum in bf16 is made beside the last tile. Under
-    ZeRO-3 each tile is computed again in the backward pass: three fp32 tensors.
+    kernel writes a tile's over its logits, and plain torch makes two fp32 tensors beside logits and gradient. At the
+    end, when the last tile is gone, the sum is made in bf16. Under ZeRO-3 each tile is computed again in the backward
+    pass: three fp32 tensors.
     """
     tile = min(setup.train.loss_tile_tokens, setup.tokens) * setup.shape.vocab_size
-    before = HALF * tile if setup.tokens > setup.train.loss_tile_tokens else 0
     matrix = setup.embedding_parameters
     if setup.train.zero_stage == 3:
         tile_bytes, sums = 3 * SINGLE * tile, HALF * matrix
     else:
         inside = HALF if setup.fused else 2 * (HALF + SINGLE)
-        tile_bytes, sums = max(before + inside * tile, HALF * (tile + matrix)), SINGLE * matrix
+        tile_bytes, sums = max(inside * tile, HALF * matrix), SINGLE * matrix
     return {
         "last norm": setup.tokens * activations.norm_kept(setup),
         "loss tile": tile_bytes,

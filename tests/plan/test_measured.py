@@ -1,7 +1,8 @@
 """Predictions against steps that were measured on one GPU (scripts/bench_train.py, 2026-11-25, torch 2.11 + CUDA 13.0).
 
 Memory is what torch.cuda.max_memory_allocated said. A first step has no moments yet: AdamW makes them at its end. The
-kernels have changed since: all choices of a layer are routed at once, which is 3 % at a million tokens.
+code has changed since: all choices of a layer are routed at once, which is 3 % at a million tokens, and a tile of the
+loss or of an MLP is gone before the next is made, about 1 %.
 """
 
 from __future__ import annotations
