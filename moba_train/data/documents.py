@@ -205,6 +205,8 @@ def _joined(source: SourceConfig, records: Iterator[Record]) -> Iterator[Record]
     for record in records:
         if record.text is None:
             yield record
+            if last is not None:  # told already: who goes on after the group is not to read it again
+                last = last._replace(row=record.row)
             continue
         if last is not None and (record.group is None or record.group != last.group):
             yield last._replace(text=join(source, texts))

@@ -171,7 +171,7 @@ def _record(source: SourceConfig, row: int, values: list[Any], where: str, share
     if source.files_field:
         try:
             files = [(str(file[source.path_field]), file[source.text_field]) for file in content]
-            return Record(0, row, join(source, sorted(file for file in files if file[1] is not None)), "", share)
+            content = join(source, sorted(file for file in files if file[1] is not None))
         except (TypeError, KeyError) as error:
             fix = f"of files with {source.path_field!r} and {source.text_field!r}"
             return Record(0, row, None, f"{where}: {source.files_field!r} is no list {fix} ({error})", share)
@@ -182,11 +182,13 @@ def _record(source: SourceConfig, row: int, values: list[Any], where: str, share
             return Record(0, row, None, f"{where}: {source.token_field!r} holds {error}", share)
     if not isinstance(content, str):
         return Record(0, row, None, f"{where}: the text is {type(content).__name__}, not a string", share)
+    path = str(path or "")
     try:
         content.encode()
+        path.encode()
     except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair
         return Record(0, row, None, f"{where} is not Unicode text ({error.reason})", share)
-    return Record(0, row, content, "", share, None if group is None else str(group), str(path or ""))
+    return Record(0, row, content, "", share, None if group is None else str(group), path)
 
 
 def join(source: SourceConfig, named_texts: list[tuple[str, str]]) -> str:

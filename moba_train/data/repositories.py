@@ -1,7 +1,8 @@
 """Code repositories → one document each: their text files in path or import order, each under a header with its path.
 
 A repository is a folder or an archive, which is read in memory and never unpacked. Left out are what is hidden (.git),
-what is not UTF-8 text (a NUL counts as binary) and files over MOST_BYTES, which are data rather than code.
+what is no UTF-8 text (a NUL counts as binary) or not so named, and files over MOST_BYTES, which are data rather than
+code.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def read(source: SourceConfig, path: Path) -> Iterator[Record]:
 def _text_files(source: SourceConfig, path: Path) -> Iterator[tuple[str, str]]:
     for name, content in files(source, path):
         if b"\0" not in content:
-            with suppress(UnicodeDecodeError):
+            with suppress(UnicodeError):
+                name.encode()  # some file systems and archives take any bytes for a name
                 yield name, content.decode("utf-8-sig").replace("\r\n", "\n")
 
 

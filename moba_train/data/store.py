@@ -201,7 +201,7 @@ def _read_tables(path: Path, names: list[str]) -> np.ndarray:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write ``path`` whole or not at all, and flush it and its name to disk."""
-    durable.write(path, json.dumps(content, indent=1, ensure_ascii=False))
+    durable.write(path, json.dumps(content, indent=1))  # in ASCII: a file's name may be no Unicode
 
 
 def _sync_and_close(stream: IO[bytes]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 import zipfile
 from pathlib import Path
@@ -72,6 +73,7 @@ def test_archives(tmp_path: Path, name: str, top: str) -> None:
 
 def test_folder_of_repositories(tmp_path: Path) -> None:
     write_folder(tmp_path / "two")
+    (tmp_path / "two" / os.fsdecode(b"na\xefve.py")).write_text("not named in UTF-8: left out\n")
     write_archive(tmp_path / "one.tar.gz", "one/")
     (tmp_path / "nothing").mkdir()
     (tmp_path / ".cache").mkdir()
@@ -148,6 +150,12 @@ def test_records_of_one_repository_are_joined(tmp_path: Path, kind: str) -> None
     for at, record in enumerate(records):  # an interrupted reader goes on with the next document
         rest = list(read_records(config, files, record.file, record.row + 1))
         assert [later.text for later in rest] == JOINED[at + 1 :]
+    if kind == "jsonl":  # each is told once, and those around it still are one document
+        broken = '{"content": "", "repo": "x", "file": "\\ud800"}'
+        (tmp_path / "a.jsonl").write_text("\n".join([*map(json.dumps, ROWS[:2]), broken, *map(json.dumps, ROWS[2:])]))
+        found = list(read_records(config, files))
+        assert [record.text for record in found] == [None, *JOINED]
+        assert [record.text for record in read_records(config, files, 0, found[1].row + 1)] == JOINED[1:]
     config.group_field = "repository"
     with pytest.raises(ValueError, match=r"has no field 'repository' but .*; set the source's group_field and path_fi"):
         texts(config)
@@ -163,6 +171,7 @@ def test_records_that_are_repositories(tmp_path: Path, kind: str) -> None:
     rows = [{"repo": "x", "files": files}, {"repo": "empty", "files": []}]
     if kind == "jsonl":
         bad = [{"files": [{"content": "no path"}]}, {"files": 3}, {"files": [{"path": "a", "content": 7}]}]
+        bad.append({"files": [{"path": "a", "content": "\ud800"}]})
         (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + bad))
     else:
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
@@ -170,7 +179,8 @@ def test_records_that_are_repositories(tmp_path: Path, kind: str) -> None:
     config.files_field = "files"
     found = list(read_records(config, find_files(config)))
     assert [one.text for one in found[:2]] == ["==> a.py <==\nimport b\n==> b.py <==\nb = 2\n", ""]
-    assert all("'files' is no list of files with 'path' and 'content'" in one.problem for one in found[2:])
+    assert all("'files' is no list of files with 'path' and 'content'" in one.problem for one in found[2:-1])
+    assert kind != "jsonl" or "line 6 is not Unicode text" in found[-1].problem
     config.file_order = FileOrder.imports
     assert next(read_records(config, find_files(config))).text == "==> b.py <==\nb = 2\n==> a.py <==\nimport b\n"
     config.files_field = "content"

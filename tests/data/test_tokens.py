@@ -399,6 +399,14 @@ def test_bad_records_are_counted_and_too_many_stop(tmp_path: Path) -> None:
     assert len(prepared(data)) == 2000
 
 
+def test_a_file_may_have_any_bytes_for_a_name(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / os.fsdecode(b"na\xefve.txt")).write_text("two words")
+    data = config(tmp_path, SourceConfig(name="texts", path=str(tmp_path / "texts")))
+    assert len(prepared(data)) == 1
+    assert len(prepared(data)) == 1  # by its record, which names the file
+
+
 def test_the_embedded_books(tmp_path: Path) -> None:
     train, heldout = (SourceConfig(name=split, path=str(DATA / "books" / split)) for split in ("train", "heldout"))
     assert len(find_files(train)) == 16
