@@ -77,17 +77,25 @@ def add_key_convolutions(model: PreTrainedModel, width: int) -> None:
 def _convolve_keys(layer: nn.Module, projection: nn.Linear, convolution: KeyConvolution) -> None:
     """Let ``convolution`` act on ``projection``'s output in each forward pass of ``layer``, recomputed ones too."""
     bounds: list[torch.Tensor] = []  # of the pass that is under way: the projection sees the hidden states alone
+    # On the modules and not in the hooks: a deep copy of the model has its own. In a tuple it is no second parameter.
+    layer.key_conv_bounds = bounds  # type: ignore[assignment]
+    projection.key_conv = (convolution, bounds)  # type: ignore[assignment]
+    layer.register_forward_pre_hook(_note_bounds, with_kwargs=True)
+    projection.register_forward_hook(_convolved)
 
-    def note_bounds(_layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        hidden = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
-        given = keywords.get("cu_seq_lens_q")
-        if given is None:
-            batch, length, _ = hidden.shape
-            given = segment_bounds(keywords.get("position_ids"), batch, length, hidden.device)
-        bounds[:] = [given]
 
-    layer.register_forward_pre_hook(note_bounds, with_kwargs=True)
-    projection.register_forward_hook(lambda _module, _inputs, key: convolution(key, bounds.pop()))
+def _note_bounds(layer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    hidden = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
+    given = keywords.get("cu_seq_lens_q")
+    if given is None:
+        batch, length, _ = hidden.shape
+        given = segment_bounds(keywords.get("position_ids"), batch, length, hidden.device)
+    layer.key_conv_bounds[:] = [given]
+
+
+def _convolved(projection: Any, _inputs: Any, key: torch.Tensor) -> torch.Tensor:
+    convolution, bounds = projection.key_conv
+    return convolution(key, bounds.pop())
 
 
 def attention_forward(

@@ -73,6 +73,18 @@ def test_segments_do_not_see_each_other(given: str) -> None:
     torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-5)
 
 
+def test_a_copy_of_a_model_has_convolutions_of_its_own() -> None:
+    model = model_of(width=3)
+    ids = torch.randint(300, (1, 70))
+    before = logits(model, ids)
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        if isinstance(module, KeyConvolution):
+            torch.nn.init.normal_(module.weight)
+    assert torch.equal(logits(model, ids), before)
+    assert not torch.allclose(logits(copied, ids), before, atol=1e-3)
+
+
 def test_recomputation_changes_nothing() -> None:
     model = model_of(width=3, weights=True)
     ids = torch.randint(300, (2, 64))
