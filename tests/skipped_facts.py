@@ -2,7 +2,8 @@
 
     python skipped_facts.py RESOLVED FOLDER
 
-The runs are FOLDER/<what>_<ZeRO stage>; the last words of the one that ends are FOLDER/limit_<rank>.json.
+The runs are FOLDER/<what>_<ZeRO stage and other switches>; the last words of the one that ends are
+FOLDER/limit_<rank>.json.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from pathlib import Path
 import torch
 
 from moba_train import resolved, train
-from moba_train.config import Config
+from moba_train.config import Config, OffloadDevice, Precision
 from moba_train.runtime import finish, start
+
+# DeepSpeed has an optimizer of its own for each of these.
+GRADIENT = ("0", "1 bf16", "1 bf16 cpu", "2", "3 bf16")
 
 
 def planted(what: str, steps: tuple[int, ...], run_of: list[train.Run]):
@@ -47,14 +51,17 @@ def main(config: Config, folder: Path) -> None:
     runtime = start(config.launch)
     config.checkpoint.every_steps, config.checkpoint.keep = 1, 9
     real = train.backward
-    for what, stage, steps, limit in [
-        ("none", 0, (), 5),
-        *((what, stage, (3, 4), 3) for what in ("loss", "gradient") for stage in (0, 2)),
-        ("limit", 2, (3, 5, 6), 2),
+    for what, switches, steps, limit in [
+        ("none", "0", (), 5),
+        *(("loss", switches, (3, 4), 3) for switches in ("0", "2")),
+        *(("gradient", switches, (3, 4), 3) for switches in GRADIENT),
+        ("limit", "2", (3, 5, 6), 2),
     ]:
         own = copy.deepcopy(config)
-        own.train.zero_stage, own.train.nonfinite_limit = stage, limit
-        where = folder / f"{what}_{stage}"
+        own.train.zero_stage, own.train.nonfinite_limit = int(switches[0]), limit
+        own.train.precision = Precision.bf16 if "bf16" in switches else Precision.fp32
+        own.train.offload.optimizer = OffloadDevice.cpu if "cpu" in switches else OffloadDevice.none
+        where = folder / f"{what}_{switches}"
         where.mkdir(exist_ok=True)
         runs: list[train.Run] = [train.build(own, where, runtime)]
         train.backward = planted(what if what == "gradient" else "loss", steps, runs)

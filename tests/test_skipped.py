@@ -16,6 +16,7 @@ from moba_train.config import Config
 from moba_train.data.tokens import prepare_store
 from moba_train.metrics_file import read_rows
 from moba_train.skipped import SkippedSteps
+from skipped_facts import GRADIENT
 from tiny import checkpoint_tensors, run_ranks
 
 
@@ -42,20 +43,19 @@ def runs(tiny_config_module: Config, tmp_path_factory) -> Path:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("zero_stage", [0, 2])
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_all_ranks_skip_what_is_not_finite_on_one(runs: Path, what: str, zero_stage: int) -> None:
-    checkpoints = runs / f"{what}_{zero_stage}" / "checkpoints"
+@pytest.mark.parametrize("run", ["loss_0", "loss_2", *(f"gradient_{switches}" for switches in GRADIENT)])
+def test_all_ranks_skip_what_is_not_finite_on_one(runs: Path, run: str) -> None:
+    checkpoints = runs / run / "checkpoints"
     states = [checkpoint_tensors(checkpoints / f"step_{step:08d}") for step in range(2, 7)]
     same = [all(torch.equal(before[key], after[key]) for key in before) for before, after in pairwise(states)]
     assert same == [True, True, False, False], "steps 3 and 4 update nothing, moments included; 5 and 6 do"
 
-    rows = [row for row in read_rows(runs / f"{what}_{zero_stage}/metrics.jsonl") if "train/loss" in row]
+    rows = [row for row in read_rows(runs / run / "metrics.jsonl") if "train/loss" in row]
     assert [row["train/skipped_steps"] for row in rows] == [0, 0, 1, 2, 2, 2]
     assert [row["train/gradient_norm"] is None for row in rows] == [False, False, True, True, False, False]
     expected = [row for row in read_rows(runs / "none_0/metrics.jsonl") if "train/loss" in row]
     assert [row["train/loss"] for row in rows[:3]] == pytest.approx(
-        [row["train/loss"] for row in expected[:3]], rel=1e-6
+        [row["train/loss"] for row in expected[:3]], rel=1e-3 if "bf16" in run else 1e-6
     )
     assert all(row["train/loss"] != before["train/loss"] for row, before in zip(rows[3:], expected[3:], strict=True))
 

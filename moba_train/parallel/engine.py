@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import redirect_stdout
 
 import torch
 from torch import nn
@@ -34,7 +35,8 @@ def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, train: Tra
     if train.zero_stage == 3 and (tiled := {type(part) for part in module.modules() if hasattr(part, "tiled")}):
         # A tiled MLP works with its three matrices itself: they are to be gathered with it, not one by one.
         deepspeed.utils.set_z3_leaf_modules(module, list(tiled))
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config(train, runtime))
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # a page of memory figures, with bf16
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config(train, runtime))
     return engine
 
 
@@ -131,7 +133,16 @@ def step_engine(engine, train: TrainConfig) -> float:
     else:
         engine.step()  # skips the update itself where the norm is not finite
         norm = float(engine.get_global_grad_norm())
+        if not math.isfinite(norm) and train.zero_stage in (1, 2):
+            _drop_sums(engine.optimizer)
     return norm
+
+
+def _drop_sums(optimizer) -> None:
+    """Forget the gradients of a skipped step. DeepSpeed does so unless the update runs on the CPU (seen with 0.19.8):
+    there NaN would stay in the fp32 sums, and with it every later step would be skipped."""
+    for sums in (getattr(optimizer, "averaged_gradients", {}), getattr(optimizer, "all_grad_tensors", {})):
+        sums.update(dict.fromkeys(sums))
 
 
 def _clips_itself(train: TrainConfig) -> bool:
