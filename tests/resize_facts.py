@@ -15,12 +15,14 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
+from omegaconf import OmegaConf
 
 from moba_train import resolved, train
-from moba_train.config import Config, Precision
+from moba_train.config import Config, Precision, TrainConfig
 from moba_train.metrics_file import read_rows
 from moba_train.runtime import finish, start
 
@@ -87,7 +89,8 @@ def main(config: Config, cases: list[dict], folder: Path) -> None:
     runtime = start(config.launch)
     for case in cases:
         own = copy.deepcopy(config)
-        own.train = dataclasses.replace(own.train, **case["train"])
+        changed = OmegaConf.merge(OmegaConf.structured(own.train), case["train"])
+        own.train = cast(TrainConfig, OmegaConf.to_object(changed))
         own.train.precision = Precision[case.get("precision", "fp32")]
         where = folder / case["name"]
         if runtime.is_main:

@@ -24,14 +24,17 @@ from tiny import run_ranks
 pytestmark = pytest.mark.distributed
 
 
-def case(source: str | None, ranks: int, zero_stage: int, size: int = 1, precision: str = "fp32") -> dict[str, Any]:
+def case(
+    source: str | None, ranks: int, zero_stage: int, size: int = 1, precision: str = "fp32", **switches: Any
+) -> dict[str, Any]:
     sizes = (
         f"{ranks} ranks, ZeRO {zero_stage}" + f", in groups of {size}" * (size > 1) + ", bf16" * (precision != "fp32")
     )
+    sizes += "".join(f", {key}" for key in switches)
     return {
         "name": f"{source} to {sizes}" if source else sizes,
         "source": source,
-        "train": {"zero_stage": zero_stage, "sequence_parallel_size": size},
+        "train": {"zero_stage": zero_stage, "sequence_parallel_size": size, **switches},
         "precision": precision,
     }
 
@@ -48,6 +51,10 @@ STARTS: list[tuple[int, list[dict[str, Any]]]] = [
             case("1 ranks, ZeRO 0", 2, 3, 2),
             case("2 ranks, ZeRO 1", 2, 2),
             case("2 ranks, ZeRO 3", 2, 1),
+            # For each of these DeepSpeed has another optimizer, with files of the same layout.
+            case("2 ranks, ZeRO 1, bf16", 2, 1, precision="bf16", offload={"optimizer": "cpu"}),
+            case("2 ranks, ZeRO 1, bf16", 2, 1, precision="bf16", gradient_dtype="bf16"),
+            case("2 ranks, ZeRO 3", 2, 3, activation_checkpointing=True, mlp_tile_tokens=64, loss_tile_tokens=50),
         ],
     ),
     (
