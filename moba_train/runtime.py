@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import socket
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -112,6 +113,8 @@ def configure_logging(rank: int) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     disable_progress_bar()
+    # Of torch to DeepSpeed, at every collective under ZeRO 3; there is nothing that a user could do.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     for name in ("DeepSpeed", "transformers", "datasets", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
