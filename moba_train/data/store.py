@@ -48,15 +48,15 @@ class TokenStore:
             size = file.stat().st_size if file.exists() else -1
             if size != expected:
                 raise ValueError(f"{file} has {size} bytes, not {expected}; delete {path} and prepare it again")
-        table = _read_tables(path, names)
-        self.lengths = np.ascontiguousarray(table[:, 0])
-        self.sources = np.ascontiguousarray(table[:, 1])
+        self.lengths = _read_column(path, names, 0)
+        self.sources = _read_column(path, names, 1)
         self._names = names
         self._shard_documents = np.cumsum([0, *(shard["documents"] for shard in manifest["shards"])])
         # Offsets from the start of the document's own shard.
-        starts = np.cumsum(self.lengths) - self.lengths
         shard_tokens = np.cumsum([0, *(shard["tokens"] for shard in manifest["shards"])])
-        self._starts = starts - np.repeat(shard_tokens[:-1], np.diff(self._shard_documents))
+        self._starts = np.cumsum(self.lengths)
+        self._starts -= self.lengths
+        self._starts -= np.repeat(shard_tokens[:-1], np.diff(self._shard_documents))
         self._maps: dict[int, np.ndarray] = {}
 
     @classmethod
@@ -83,7 +83,7 @@ class TokenStore:
 
     def digests(self) -> np.ndarray:
         """(documents,) int64: the digest of each document's text."""
-        return _read_tables(self.path, self._names)[:, 2]
+        return _read_column(self.path, self._names, 2)
 
     def verify(self) -> None:
         """Read every shard and compare its sha256 with the manifest's."""
@@ -130,7 +130,7 @@ class StoreWriter:
 
     def digests(self) -> np.ndarray:
         """(documents,) int64: the digests of the documents in whole shards."""
-        return _read_tables(self.path, [shard["name"] for shard in self.shards])[:, 2]
+        return _read_column(self.path, [shard["name"] for shard in self.shards], 2)
 
     def add(self, parts: list[np.ndarray], source: int, digest: int = 0) -> bool:
         """Append one document, given in parts. True when its shard is now full: the caller then calls `close_shard`."""
@@ -194,9 +194,10 @@ class StoreWriter:
         write_json(self.path / MANIFEST, manifest)
 
 
-def _read_tables(path: Path, names: list[str]) -> np.ndarray:
-    tables = [np.load(path / f"{name}.documents.npy") for name in names]
-    return np.concatenate(tables) if tables else np.empty((0, 3), np.int64)
+def _read_column(path: Path, names: list[str], column: int) -> np.ndarray:
+    """(documents,) int64: a column of the shards' tables, which are not in memory all at once."""
+    columns = [np.load(path / f"{name}.documents.npy")[:, column].copy() for name in names]
+    return np.concatenate(columns) if columns else np.empty(0, np.int64)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
