@@ -110,7 +110,8 @@ class Judge:
         key, value = self.key[keys, kv_head].float(), self.value[keys, kv_head].float()
         weights = (key @ query * self.scale).softmax(0)
         out, d_out = weights @ value, self.d_out[token, head].float()
-        d_scores = weights * (value @ d_out - out @ d_out)
+        # The gradient of the output that was given out, rounded: a second token's dQ is a small difference.
+        d_scores = weights * (value @ d_out - self.results.out[token, head].float() @ d_out)
         return {
             "gate": lead,
             "out": _off(self.results.out[token, head], out),

@@ -50,6 +50,14 @@ def test_a_wrong_part_is_named(kind: str, part: str) -> None:
             verdict(replace(found, **{part: wrong}))
 
 
+def test_rounding_of_short_rows_is_no_error() -> None:
+    """A block's second token in bf16: its dQ is a tenth of others', and the rounding of its output is not."""
+    case = replace(CASE, sequences=1, length=64, heads=6, dtype="bf16")
+    tensors = case.tensors(CPU)
+    found = results(moba("varlen", case, CPU), tensors)
+    assert "d_query" in judge("varlen", case, tensors, found).verdict()
+
+
 def test_a_wrong_choice_is_named() -> None:
     tensors, found = right()
     judged = judge("varlen", CASE, tensors, found)
