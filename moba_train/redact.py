@@ -12,12 +12,14 @@ REDACTED = "<redacted>"
 _SECRET_NAME = re.compile(
     r"(^|[_.\-])(token|key|apikey|credentials?)($|[_.\-](?!field$))|secret|passw(or)?d", re.IGNORECASE
 )
+_ASSIGNMENT = re.compile(r"\b([A-Z][A-Z0-9_]*)=([^\s$]\S*)")  # in a line of shell; of another variable is no secret
 _SHORTEST_SECRET = 8  # shorter environment values ("1", "true") would blank unrelated text
 
 
 def redact(config: Any) -> Any:
     """A copy without secrets, of plain values: strings under a name such as ``api_key``, ``token`` or ``password`` are
-    hidden, and the values of environment variables so named wherever they occur; an Enum becomes its name."""
+    hidden, and wherever they occur the values of environment variables so named, and what a line of shell assigns to
+    one; an Enum becomes its name."""
     values = [
         value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET
     ]
@@ -37,4 +39,8 @@ def _redact(value: Any, secret_values: list[str], name: str = "") -> Any:
         return REDACTED
     for secret in secret_values:
         value = value.replace(secret, REDACTED)
-    return value
+    return _ASSIGNMENT.sub(_redact_assignment, value)
+
+
+def _redact_assignment(found: re.Match[str]) -> str:
+    return f"{found[1]}={REDACTED}" if _SECRET_NAME.search(found[1]) else found[0]

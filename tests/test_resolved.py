@@ -52,6 +52,13 @@ def test_defaults_round_trip(tmp_path: Path) -> None:
 def test_secrets_are_not_written(tiny_config: Config, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     assert resolved.secrets(tiny_config) == []
+    tiny_config.launch.slurm.setup = ["export SEED=1 HF_TOKEN=$MINE", "TOKENIZERS_PARALLELISM=false"]
+    assert resolved.secrets(tiny_config) == []
+    tiny_config.launch.slurm.setup.append("export A=1 HF_TOKEN=swordfish")
+    assert resolved.secrets(tiny_config) == ["launch.slurm.setup.2"] and "swordfish" not in resolved.to_yaml(
+        tiny_config
+    )
+    tiny_config.launch.slurm.setup.clear()
     tiny_config.wandb.tags = ["key 0123456789abcdef"]
     tiny_config.model.architecture["auth_token"] = "hunter2"
     text = resolved.to_yaml(tiny_config)
