@@ -66,5 +66,16 @@ def test_it_compiles_to_warpgroup_products(name: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_another_gluon_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    launch = pytest.importorskip("moba_train.attention.kernels.launch")
+    launch._gluon_kernels.cache_clear()
+    monkeypatch.delattr("moba_train.attention.kernels.hopper", raising=False)
+    monkeypatch.setitem(sys.modules, "moba_train.attention.kernels.hopper", None)
+    assert launch._gluon_kernels() is None and launch._gluon_kernels() is None
+    launch._gluon_kernels.cache_clear()
+    (message,) = caplog.messages
+    assert "another Gluon" in message
+
+
 if __name__ == "__main__":
     compile_kernel(sys.argv[1])

@@ -6,6 +6,8 @@ contiguous; log-sum-exps are (K, W) fp32 in base 2. No lists: the own block is a
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,6 +30,8 @@ from moba_train.attention.kernels.plan import (
 from moba_train.attention.kernels.route import Lists, tile
 from moba_train.attention.kernels.rows import LOG2_E
 
+log = logging.getLogger(__name__)
+
 ROW_DOT_ROWS = 64
 
 
@@ -39,9 +43,17 @@ def hopper_kernels(block_size: int, *tensors: Tensor) -> Any:
         return None
     if any(tensor.data_ptr() % 16 for tensor in tensors):
         return None
+    return _gluon_kernels()
+
+
+@cache
+def _gluon_kernels() -> Any:
     try:
         from moba_train.attention.kernels import hopper
-    except ImportError:  # a Triton whose Gluon is another
+    except (ImportError, AttributeError) as error:  # a Triton whose Gluon is another
+        log.warning(
+            "attention moba: the slower kernels, since Triton %s has another Gluon (%s)", triton.__version__, error
+        )
         return None
     return hopper
 
