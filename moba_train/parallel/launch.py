@@ -97,7 +97,7 @@ def _check_counts(launch: LaunchConfig) -> None:
         "launch.nodes x launch.gpus_per_node": launch.gpus_per_node and launch.nodes * launch.gpus_per_node,
     }
     given = {key: count for key, count in counts.items() if count is not None}
-    for key, count in {**given, "launch.nodes": launch.nodes}.items():
+    for key, count in {"launch.nodes": launch.nodes, **given}.items():
         if count < 1:
             raise ValueError(f"{key}={count}: must be at least 1")
     if len(set(given.values())) > 1:
