@@ -205,3 +205,8 @@ def _stage(index: int, stage: StageConfig, first: int, end: int, config: Config)
             where = f"attention.{name}" if getattr(own, name) is None else f"schedule.stages[{index}].attention.{name}"
             raise ValueError(f"{where}={value}: must be at least {least}")
     return resolved
+
+
+def due(step: int, every: int) -> bool:
+    """Whether what comes every so many steps comes after this one; 0 is never."""
+    return bool(every) and step % every == 0

@@ -30,8 +30,9 @@ from moba_train.metrics_file import read_rows
 from moba_train.parallel import lifetime
 from moba_train.parallel.interruption import Interrupted
 from moba_train.parallel.supervise import INTERRUPTED
+from moba_train.run import Run, build
 from moba_train.runtime import finish, start
-from moba_train.train import Run, build, train
+from moba_train.train import train
 
 RESULT = "result.json"
 _GIVE_WAY_SECONDS = {"rank 0": 2.0, "others": 15.0}  # rank 0 first tells W&B, and that takes some seconds

@@ -1,8 +1,8 @@
 """Training speed and memory on one GPU, MoBA against dense attention: python scripts/bench_train.py [CASE ...]
 
-Whole optimizer steps through ``train.optimize`` and DeepSpeed, of models with random weights on random tokens, one row
-one segment. Dense is the kind ``full``: torch's attention with cuDNN. Where a dense step would take minutes, attention
-of a quarter of one layer's heads is timed and multiplied, the rest of the step taken from MoBA's; marked (*).
+Whole optimizer steps through ``train_step.optimize`` and DeepSpeed, of models with random weights on random tokens, one
+row one segment. Dense is the kind ``full``: torch's attention with cuDNN. Where a dense step would take minutes,
+attention of a quarter of one layer's heads is timed and multiplied, the rest of the step taken from MoBA's; marked (*).
 Utilisation counts the model's operations alone, MoBA's with the keys that it reads, over the data sheet's peak.
 """
 
@@ -27,9 +27,10 @@ import yaml
 from bench_train_profile import breakdown
 from omegaconf import OmegaConf
 
-from moba_train import hf_attention, train
+from moba_train import hf_attention
 from moba_train.assemble import assemble, with_switches
 from moba_train.attention import AttentionSpec, full_attention, moba_attention
+from moba_train.batch import model_inputs
 from moba_train.config import Config, ModelConfig, TrainConfig
 from moba_train.data.loader import Batch
 from moba_train.embedded import folder
@@ -38,8 +39,10 @@ from moba_train.model import load_model
 from moba_train.observe import OwnTime
 from moba_train.offload import HostMemory
 from moba_train.parallel.engine import set_accumulation
+from moba_train.run import Run
 from moba_train.runtime import Runtime, finish, seed_everything, start
 from moba_train.skipped import SkippedSteps
+from moba_train.train_step import optimize
 from moba_train.validate import micro_batch_rows
 
 FULL = AttentionSpec("full")
@@ -186,8 +189,8 @@ def configuration(case: Case, device: torch.device) -> Config:
     return config
 
 
-def build(case: Case, runtime: Runtime) -> train.Run:
-    """A run as far as ``train.optimize`` reads it: without data, log and checkpoints."""
+def build(case: Case, runtime: Runtime) -> Run:
+    """A run as far as ``train_step.optimize`` reads it: without data, log and checkpoints."""
     config = configuration(case, runtime.device)
     seed_everything(0)
     with runtime.device:  # random weights are made where they will be: much faster
@@ -198,7 +201,7 @@ def build(case: Case, runtime: Runtime) -> train.Run:
         engine = assemble(model, config, runtime)
         set_accumulation(engine, case.rows // micro_batch_rows(config, case.context))
     absent = dict.fromkeys(("folder", "store", "heldout", "heldout_batches", "tracker", "interruption", "own_rope"))
-    run = train.Run(
+    run = Run(
         config=config,
         runtime=runtime,
         schedule=SimpleNamespace(tokens_per_step=config.train.tokens_per_step),
@@ -215,23 +218,23 @@ def build(case: Case, runtime: Runtime) -> train.Run:
     return run
 
 
-def gradients(run: train.Run) -> dict[str, float]:
+def gradients(run: Run) -> dict[str, float]:
     """Forward and backward pass of one batch, without an engine."""
     batch = run.loader.next_step(1)[0]
-    loss, _ = run.engine(**train.model_inputs(batch, run.runtime), scale=1 / (run.loader.context - 1))
+    loss, _ = run.engine(**model_inputs(batch, run.runtime), scale=1 / (run.loader.context - 1))
     loss.backward()
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in run.engine.parameters()])
     run.engine.zero_grad()
     return {"train/loss": loss.item(), "train/gradient_norm": float(norm)}
 
 
-def steps(run: train.Run, case: Case, attention: AttentionSpec, until: float) -> dict[str, Any]:
+def steps(run: Run, case: Case, attention: AttentionSpec, until: float) -> dict[str, Any]:
     """Time steps with one attention in every layer."""
     layers = run.model.config.num_hidden_layers
     hf_attention.set_plan(run.model, [attention] * layers)
     run.stage = SimpleNamespace(context_length=case.context, plan=lambda count: [attention] * count)
     device = run.runtime.device
-    step = gradients if case.gradients_only else train.optimize
+    step = gradients if case.gradients_only else optimize
     times, rates, row = [], [], {}
     for index in range(case.warm + case.steps):
         if index == case.warm and device.type == "cuda":
@@ -385,7 +388,7 @@ def covering_top_k(runtime: Runtime) -> dict[str, float]:
     found = {}
     for name, attention in (("full", FULL), ("moba", moba(256, 8))):
         hf_attention.set_plan(run.model, [attention] * run.model.config.num_hidden_layers)
-        loss, _ = run.engine(**train.model_inputs(batch, runtime), scale=1 / case.context)
+        loss, _ = run.engine(**model_inputs(batch, runtime), scale=1 / case.context)
         found[name] = float(loss)
     run.engine.destroy()
     release()

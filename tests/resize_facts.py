@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from moba_train import resolved, train
+from moba_train import resolved, train, train_step
 from moba_train.config import Config, Precision, TrainConfig
 from moba_train.metrics_file import read_rows
+from moba_train.run import Run, build
 from moba_train.runtime import finish, start
 
 SAVED = 2  # the step whose checkpoint is gone on from
@@ -57,13 +58,13 @@ def engine_state(engine) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in found.items()}
 
 
-def facts(run: train.Run) -> dict:
+def facts(run: Run) -> dict:
     """Train to the end, and watch."""
     found: dict = {"begun": engine_state(run.engine) if run.step else None}
     rows: dict[int, list[torch.Tensor]] = {}
-    save, model_inputs = train.save, train.model_inputs
+    save, model_inputs = train.save, train_step.model_inputs
 
-    def watched_save(run: train.Run) -> None:
+    def watched_save(run: Run) -> None:
         if run.step == SAVED:
             found["saved"] = engine_state(run.engine)
         save(run)
@@ -73,9 +74,9 @@ def facts(run: train.Run) -> dict:
             rows.setdefault(run.step, []).append(batch.input_ids)
         return model_inputs(batch, runtime)
 
-    train.save, train.model_inputs = watched_save, watched_inputs
+    train.save, train_step.model_inputs = watched_save, watched_inputs
     train.train(run)
-    train.save, train.model_inputs = save, model_inputs
+    train.save, train_step.model_inputs = save, model_inputs
     shares: list = [None] * run.runtime.world_size
     dist.all_gather_object(shares, rows)
     found["tokens"] = {
@@ -100,9 +101,7 @@ def main(config: Config, cases: list[dict], folder: Path) -> None:
                 shutil.copytree(folder / case["source"] / kept, where / kept)
                 shutil.copy(folder / case["source"] / "metrics.jsonl", where)
         dist.barrier()
-        run = train.build(
-            own, where, dataclasses.replace(runtime, sequence_parallel_size=own.train.sequence_parallel_size)
-        )
+        run = build(own, where, dataclasses.replace(runtime, sequence_parallel_size=own.train.sequence_parallel_size))
         found = facts(run)
         if runtime.is_main:
             found["rows"] = [row for row in read_rows(where / "metrics.jsonl") if row["step"] > SAVED]

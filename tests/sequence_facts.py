@@ -2,7 +2,7 @@
 
     python sequence_facts.py RESOLVED CASES FOLDER    # CASES: a JSON list of {"name", "train": {…}, "kv_heads"}
 
-Each case is a run of its own (``train.build``), so the steps and the reading of the held-out rows are the real ones;
+Each case is a run of its own (``build``), so the steps and the reading of the held-out rows are the real ones;
 the learning rate stays 0, so that every step sees the same weights. Rank 0 writes FOLDER/<name>.pt.
 """
 
@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from moba_train import resolved, train
+from moba_train import resolved, train, train_step
 from moba_train.config import Config
 from moba_train.metrics_file import read_rows
+from moba_train.run import Run, build
 from moba_train.runtime import finish, start
 
 
@@ -33,11 +34,11 @@ def gradients(engine) -> dict[str, torch.Tensor]:
     }
 
 
-def facts(run: train.Run) -> dict:
+def facts(run: Run) -> dict:
     """What the first step of each stage gives, and the held-out rows under its attention."""
     found: dict = {}
     seen: dict = {}
-    step_engine, model_inputs = train.step_engine, train.model_inputs
+    step_engine, model_inputs = train_step.step_engine, train_step.model_inputs
 
     def watched_step(engine, settings):
         if engine.is_gradient_accumulation_boundary():
@@ -48,15 +49,15 @@ def facts(run: train.Run) -> dict:
         seen["segments"] += [int((row == 0).sum()) for row in batch.position_ids]
         return model_inputs(batch, runtime)
 
-    train.step_engine, train.model_inputs = watched_step, watched_inputs
+    train_step.step_engine, train_step.model_inputs = watched_step, watched_inputs
     for stage in run.schedule.stages:
         seen["segments"] = []
         run.step = stage.first_step
-        train.enter(run, stage)
-        seen["row"] = train.optimize(run)
+        train_step.enter(run, stage)
+        seen["row"] = train_step.optimize(run)
         train.evaluate(run, "step")
         found[stage.name] = dict(seen)
-    train.step_engine, train.model_inputs = step_engine, model_inputs
+    train_step.step_engine, train_step.model_inputs = step_engine, model_inputs
     return {"stages": found, "tokens": run.throughput.tokens, "rates": run.throughput.as_row()}
 
 
@@ -68,7 +69,7 @@ def main(config: Config, cases: list[dict], folder: Path) -> None:
         own.model.architecture["num_key_value_heads"] = case["kv_heads"]
         run_folder = folder / case["name"]
         run_folder.mkdir(exist_ok=True)
-        run = train.build(
+        run = build(
             own, run_folder, dataclasses.replace(runtime, sequence_parallel_size=own.train.sequence_parallel_size)
         )
         found = facts(run)

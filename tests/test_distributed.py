@@ -132,13 +132,13 @@ def test_an_error_of_all_ranks_is_told_once(run: Runs, tiny_config_module: Confi
 
 FAULTY = """
 import os, sys
-from moba_train import train, worker
-step_engine = train.step_engine
+from moba_train import train_step, worker
+step_engine = train_step.step_engine
 def planted(engine, settings):
     if engine.global_steps == 2 and os.environ["RANK"] == "1":
         raise FloatingPointError("planted")
     return step_engine(engine, settings)
-train.step_engine = planted
+train_step.step_engine = planted
 worker._GIVE_WAY_SECONDS["others"] = 2.0
 sys.exit(worker.main())
 """

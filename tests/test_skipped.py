@@ -28,6 +28,7 @@ def test_so_many_in_a_row_end_the_run(caplog) -> None:
     skipped.note(2, 3.0, 1.0)
     skipped.note(3, math.inf, math.inf)
     assert skipped.total == 9
+    skipped = SkippedSteps(2, skipped.total, skipped.in_a_row)  # as a run that is resumed here
     with pytest.raises(FloatingPointError, match=r"step 4 .* loss is nan .* 2 in a row \(train\.nonfinite_limit=2\)"):
         skipped.note(4, math.nan, math.nan)
 
@@ -66,3 +67,4 @@ def test_a_fault_that_stays_ends_the_run_on_all_ranks(runs: Path) -> None:
     assert words[0] == words[1]
     assert "step 6 was skipped" in words[0] and "2 in a row" in words[0]
     assert sorted(path.name for path in (runs / "limit_2/checkpoints").iterdir())[-1] == "step_00000005"
+    assert [json.loads((runs / f"again_{rank}.json").read_text()) for rank in (0, 1)] == [[5, 1], [5, 1]]

@@ -20,6 +20,8 @@ FLOORS = [
     "batch parallel export summary report",
     "checkpoint",
     "assemble evaluate preflight plan bench",
+    "run",
+    "train_step",
     "train",
     "worker",
     "commands",

@@ -95,13 +95,13 @@ def test_a_finished_run_that_goes_on_exports_the_same_model(
 FAULTY = """
 import errno, sys
 import torch
-from moba_train import train, worker
-step_engine = train.step_engine
+from moba_train import train_step, worker
+step_engine = train_step.step_engine
 def planted(engine, settings):
     if engine.global_steps == 2:
         FAULT
     return step_engine(engine, settings)
-train.step_engine = planted
+train_step.step_engine = planted
 sys.exit(worker.main())
 """
 
