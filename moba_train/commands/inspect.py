@@ -15,10 +15,10 @@ from rich.table import Table
 from moba_train import resolved
 from moba_train.commands.compose import run_hydra
 from moba_train.config import Config
-from moba_train.data.documents import DROPPED
 from moba_train.data.mix import build_mix, check_mix, stage_mix
 from moba_train.data.store import TokenStore
 from moba_train.data.survey import LONG, Holding, SourceDraw, holdings, source_draws
+from moba_train.data.tally import DROPPED
 from moba_train.data.tokens import prepare_store
 from moba_train.model import tokenizer_path
 from moba_train.report.data_figure import data_picture, format_length

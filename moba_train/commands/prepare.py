@@ -10,8 +10,8 @@ from omegaconf import DictConfig
 
 from moba_train import resolved
 from moba_train.commands.compose import run_hydra
-from moba_train.data.documents import DROPPED
 from moba_train.data.store import TokenStore
+from moba_train.data.tally import DROPPED
 from moba_train.data.tokens import prepare_store
 from moba_train.model import tokenizer_path
 from moba_train.validate import validate

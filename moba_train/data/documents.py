@@ -1,4 +1,4 @@
-"""Sources → documents: the files of a source, its records in order, and what becomes of them.
+"""Sources → documents: the files of a source, and its records in order.
 
 A source's files are read in the order of their names, and each record is known by (file, row), so that an
 interrupted reader can go on where it stopped. A text file is one document, and so is a code repository; of the other
@@ -13,9 +13,9 @@ What input that is not as it should be leads to:
     unreadable or truncated file   stops, naming the file
     byte order mark, CR LF         the mark is dropped, CR LF of text files and repositories becomes LF
     NUL                            kept: a character like others (a file of a repository with one counts as binary)
-    a token id >= the vocabulary   stops (store.py)
-    too few documents              stops: no document in a split, or none for a mix (mix.py)
-    token ids of another tokenizer stops (tokens.py)
+    a token id >= the vocabulary   stops, naming file and record
+    too few documents              stops: no document in a split (split.py), or none for a mix (mix.py)
+    token ids of another tokenizer stops (inputs.py)
     files that change              stops while they are read; later the store is refused, saying what changed, or made
                                    anew with data.rebuild=true (inputs.py)
 """
@@ -37,6 +37,7 @@ import pyarrow
 from moba_train.config import SourceConfig, SourceFormat
 from moba_train.data import mds, repositories
 from moba_train.data.formats import Record, join, read_arrow, read_hub, read_jsonl, read_parquet, read_text
+from moba_train.data.tally import Tally
 
 COMPRESSED = (".gz", ".xz", ".zst")
 # The files that a folder is searched for; a glob names others.
@@ -55,18 +56,6 @@ UNREADABLE = (
     tarfile.TarError,
     zipfile.BadZipFile,
 )
-MOST_DROPPED = 0.001  # of a source's records
-
-# What becomes of a record that gives no document: the field of Tally that counts it, and how people read it.
-DROPPED = {
-    "bad": "bad",
-    "empty": "empty",
-    "short": "too short",
-    "duplicate": "duplicate",
-    "in_heldout": "also held out",
-    "overlapping": "overlaps an evaluation",
-    "other_split": "other split",
-}
 
 
 @dataclass(frozen=True)
@@ -75,46 +64,6 @@ class SourceFile:
     name: str  # inside the source's folder
     bytes: int
     changed: int  # modification time, ns
-
-
-@dataclass
-class Tally:
-    """What became of a source's records."""
-
-    records: int = 0
-    bad: int = 0  # unreadable, or without a text
-    empty: int = 0
-    short: int = 0  # fewer tokens than data.min_document_tokens
-    duplicate: int = 0  # the text of an earlier document, of this source or another
-    in_heldout: int = 0  # the text of a held-out document
-    overlapping: int = 0  # shares a run of words with a text of data.exclude
-    other_split: int = 0  # held out, or kept for training
-    documents: int = 0
-    tokens: int = 0
-    first_bad: str = ""
-
-    def count(self, fate: str, source: SourceConfig, problem: str = "") -> None:
-        """Enter a record that became a "document", or was left out for one of the reasons in DROPPED."""
-        self.records += 1
-        if fate == "bad":
-            self.add_bad(source, problem)
-        elif fate == "document":
-            self.documents += 1
-        else:
-            setattr(self, fate, getattr(self, fate) + 1)
-
-    def add_bad(self, source: SourceConfig, problem: str) -> None:
-        self.bad += 1
-        self.first_bad = self.first_bad or problem
-        if self.bad > 10:  # too few to judge by until the source's end
-            self.check(source)
-
-    def check(self, source: SourceConfig) -> None:
-        if self.bad > MOST_DROPPED * self.records:
-            raise ValueError(
-                f"source {source.name!r}: {self.bad} of {self.records} records are bad, above {MOST_DROPPED:.1%}; "
-                f"the first: {self.first_bad}"
-            )
 
 
 def find_files(source: SourceConfig) -> list[SourceFile]:

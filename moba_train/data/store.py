@@ -140,7 +140,9 @@ class StoreWriter:
         for part in parts:
             self._max_id = max(self._max_id, int(part.max()) if len(part) else -1)
             if self._max_id >= self._vocab_size:  # two bytes would wrap it round unseen
-                raise ValueError(f"token id {self._max_id} in a vocabulary of {self._vocab_size}; fix the tokenizer")
+                raise ValueError(
+                    f"token id {self._max_id} in a vocabulary of {self._vocab_size}; fix the tokenizer that made it"
+                )
             content = np.ascontiguousarray(part, self.dtype).data
             self._stream.write(content)
             self._hash.update(content)

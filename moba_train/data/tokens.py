@@ -19,8 +19,9 @@ from typing import Any
 
 from moba_train.config import DataConfig
 from moba_train.data import inputs
-from moba_train.data.build import NoDocument, Split, build
+from moba_train.data.build import build
 from moba_train.data.documents import find_files
+from moba_train.data.split import NoDocument, Split
 from moba_train.data.store import FORMAT, MANIFEST, TokenStore
 from moba_train.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -106,11 +107,11 @@ def _make(
 def _splits(data: DataConfig, found: inputs.Found) -> list[Split]:
     """The splits to make: held-out first, as what it holds is kept out of the other."""
     fraction = 0.0 if data.heldout else data.heldout_fraction
-    splits = [Split("train", found["train"], lambda draw: draw >= fraction)]
+    splits = [Split("train", found["train"], lambda draw: draw >= fraction, "train")]
     if data.heldout:
-        splits.insert(0, Split("heldout", found["heldout"], lambda draw: True))
+        splits.insert(0, Split("heldout", found["heldout"], lambda draw: True, "heldout"))
     elif fraction:
-        splits.insert(0, Split("heldout", found["train"], lambda draw: draw < fraction, of_train=True))
+        splits.insert(0, Split("heldout", found["train"], lambda draw: draw < fraction, "train", fraction))
     return splits
 
 

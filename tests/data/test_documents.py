@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from moba_train.config import SourceConfig, SourceFormat
-from moba_train.data.documents import Tally, find_files, read_documents, read_records
+from moba_train.data.documents import find_files, read_documents, read_records
+from moba_train.data.tally import Tally
 
 TEXTS = ["first document", "zweites Dokument äöü", "third\nwith\n\nlines " * 50, "4"]
 

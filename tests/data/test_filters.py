@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moba_train import embedded
-from moba_train.config import DataConfig, SourceConfig, SourceFormat
-from moba_train.data import build, encode, filters
+from moba_train.config import DataConfig, SourceConfig
+from moba_train.data import build, encode, filters, split
 from moba_train.data.filters import Overlap, SeenTexts, digest
 from moba_train.data.store import StoreWriter, TokenStore
 from moba_train.data.tokens import prepare_store
-
-TOKENIZER = str(embedded.folder("data") / "tokenizer" / "tokenizer.json")
-
-
-def jsonl(path: Path, texts: list[str]) -> SourceConfig:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return SourceConfig(name=path.stem, format=SourceFormat.jsonl, path=str(path))
+from small_stores import TOKENIZER, jsonl
 
 
 def prepare(tmp_path: Path, train: list[SourceConfig], **more: object) -> tuple[TokenStore, dict[str, dict[str, int]]]:
@@ -131,6 +123,6 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path: Path, monke
         (tmp_path / "a.jsonl").write_text("longer than it was before, while it is being read")
         return digest(text)
 
-    monkeypatch.setattr(build, "digest", keeps)
+    monkeypatch.setattr(split, "digest", keeps)
     with pytest.raises(ValueError, match="source 'a' changed while it was read; prepare it again"):
         prepare(tmp_path, [source])

@@ -1,0 +1,127 @@
+"""A split of the documents, train or heldout: its sources, and which of their records become documents of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from moba_train.config import DataConfig, SourceConfig
+from moba_train.data.documents import SourceFile, find_files, read_documents, read_records
+from moba_train.data.filters import Overlap, SeenTexts, digest
+from moba_train.data.tally import Tally
+from moba_train.data.tokenizer import Tokenizer
+
+
+class NoDocument(ValueError):
+    """A split would hold nothing."""
+
+
+class Origin(NamedTuple):
+    """Where a record came from, and what became of it: "document", or the field of Tally that counts it."""
+
+    source: int
+    file: int
+    row: int
+    fate: str
+    problem: str
+    share_read: float
+    digest: int  # of its content
+
+
+@dataclass(frozen=True)
+class Split:
+    """One store to make: its sources with their files, and which of their documents belong to it."""
+
+    name: str
+    sources: list[tuple[SourceConfig, list[SourceFile]]]
+    keeps: Callable[[float], bool]  # by a number from 0 to 1 that the content alone decides
+    group: str  # of data's sources: "train" too where data.heldout_fraction of it is held out
+    share: float = 1.0  # of its sources' max_tokens
+
+    def enough(self, number: int, tokens: int) -> bool:
+        """Whether source ``number``, which gave so many tokens, has given its max_tokens."""
+        limit = self.sources[number][0].max_tokens
+        return limit is not None and tokens >= limit * self.share
+
+    def place(self, origin: Origin) -> str:
+        """Where a record lies, for a message."""
+        source, files = self.sources[origin.source]
+        return f"source {source.name!r}: {files[origin.file].path if files else source.path} record {origin.row + 1}"
+
+
+def origins(
+    split: Split,
+    place: tuple[int, ...],
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    enough: Callable[[int], bool],
+) -> Iterator[tuple[Origin, str | np.ndarray]]:
+    """Every record from ``place`` on, with its content where it is a document of this split; of a source until it has
+    given ``enough``."""
+    overlap = _overlap(data)
+    first, file, row = place
+    for number in range(first, len(split.sources)):
+        source, files = split.sources[number]
+        here = (file, row) if number == first else (0, 0)
+        for record in () if enough(number) else read_records(source, files, *here):
+            if enough(number):
+                break
+            content = record.content
+            number_of_content = 0
+            if content is None:
+                fate = "bad"
+            elif not len(content):
+                fate = "empty"
+            else:
+                number_of_content = digest(content)
+                fate = "document" if split.keeps((number_of_content % 2**64) / 2**64) else "other_split"
+            if overlap and content is not None and fate == "document":
+                text = content if isinstance(content, str) else tokenizer.decode(content)
+                fate = "overlapping" if overlap.found_in(text) else fate
+            origin = Origin(number, record.file, record.row, fate, record.problem, record.share_read, number_of_content)
+            yield origin, content if content is not None and fate == "document" else ""
+        _check_unchanged(source, files)
+
+
+def fate_of(origin: Origin, tokens: int, seen: SeenTexts, held: SeenTexts, data: DataConfig) -> str:
+    """What becomes of a record, now that its tokens are counted and the documents before it are known."""
+    if origin.fate != "document":
+        return origin.fate
+    if tokens < data.min_document_tokens:
+        return "short"
+    if data.drop_duplicates and origin.digest in held:
+        return "in_heldout"
+    if data.drop_duplicates and origin.digest in seen:
+        return "duplicate"
+    return "document"
+
+
+def check_documents(split: Split, tallies: list[Tally], min_tokens: int) -> None:
+    """ValueError for a source with too many bad records, NoDocument for a split without any."""
+    for (source, _), tally in zip(split.sources, tallies, strict=True):
+        tally.check(source)
+    if not any(tally.documents for tally in tallies):
+        names = ", ".join(repr(source.name) for source, _ in split.sources)
+        records = sum(t.records for t in tallies)
+        fix = f"name data.{split.name} sources that have some"
+        if split.group != split.name:
+            fix = "raise data.heldout_fraction, or name data.heldout sources"
+        raise NoDocument(
+            f"the {split.name} split holds no document: sources {names} gave {records} records, "
+            f"{sum(t.empty for t in tallies)} empty, {sum(t.short for t in tallies)} shorter than "
+            f"data.min_document_tokens={min_tokens}; {fix}"
+        )
+
+
+def _overlap(data: DataConfig) -> Overlap | None:
+    texts = (document["text"] for source in data.exclude for document in read_documents(source))
+    return Overlap(texts, data.exclude_words) if data.exclude else None
+
+
+def _check_unchanged(source: SourceConfig, files: list[SourceFile]) -> None:
+    """ValueError for a source written to while it was read: its store would be of two versions under one name."""
+    if find_files(source) != files:
+        raise ValueError(f"source {source.name!r} changed while it was read; prepare it again once it is still")
