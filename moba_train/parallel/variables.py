@@ -18,7 +18,7 @@ NCCL = {
     "NCCL_DEBUG": "WARN",  # one line with the cause, where NCCL fails
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # torch's default, said aloud: a collective past its time-out ends the rank
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",  # and leaves each rank's last collectives in the run directory
-    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+    "TORCH_FR_BUFFER_SIZE": "2000",
 }
 
 
