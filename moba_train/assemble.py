@@ -26,8 +26,10 @@ def assemble(model: PreTrainedModel, config: Config, runtime: Runtime) -> Any:
         ValueError: as ``with_switches``.
     """
     losses = with_switches(model, config, runtime)
-    in_one_pass = runtime.device.type == "cuda" or config.train.offload.optimizer is not OffloadDevice.none
-    return build_engine(losses, build_optimizer(losses, config.optimizer, in_one_pass), config.train, runtime)
+    offload = config.train.offload
+    in_one_pass = runtime.device.type == "cuda" or offload.optimizer is not OffloadDevice.none
+    optimizer = build_optimizer(losses, config.optimizer, in_one_pass, offload.moments)
+    return build_engine(losses, optimizer, config.train, runtime)
 
 
 def with_switches(model: PreTrainedModel, config: Config, runtime: Runtime) -> TokenLosses:

@@ -11,6 +11,7 @@ from torch import nn
 
 from moba_train.attention.key_conv import KeyConvolution
 from moba_train.config import OptimizerConfig
+from moba_train.host_moments import HostMomentAdamW
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -29,20 +30,21 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, fused: bool) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, fused: bool, host_moments: bool = False
+) -> torch.optim.AdamW:
     """The learning rate is set at every step by the schedule, so it starts at 0 here.
 
     Args:
         fused: update in one pass over parameters, gradients and moments: on a GPU, where the others' temporaries are
             as large as the parameters, and for state that is offloaded to the CPU.
+        host_moments: the moments lie in host memory, whose update is always fused.
     """
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
-        lr=0.0,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=fused,
-    )
+    groups = parameter_groups(model, config.weight_decay)
+    betas = (config.beta1, config.beta2)
+    if host_moments:
+        return HostMomentAdamW(groups, lr=0.0, betas=betas, eps=config.eps)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.eps, fused=fused)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

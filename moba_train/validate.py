@@ -154,6 +154,11 @@ def _memory(config: Config) -> None:
         raise ValueError(
             f"train.offload.nvme_path={offload.nvme_path} is not used: set train.offload.optimizer=nvme, or take it out"
         )
+    if offload.moments and offload.optimizer is not OffloadDevice.none:
+        raise ValueError(
+            f"train.offload.moments=true with train.offload.optimizer={offload.optimizer.name}, which moves them too: "
+            f"set one of the two"
+        )
     for name, wanted in (("keep_attention", train.keep_attention), ("offload.hidden_states", offload.hidden_states)):
         if wanted and not train.activation_checkpointing:
             raise ValueError(f"train.{name}=true needs train.activation_checkpointing=true: set it")

@@ -110,8 +110,8 @@ def _out_of_memory(error: torch.OutOfMemoryError, config: Config) -> str:
         fixes.append("set train.mlp_tile_tokens=16384")
     if settings.activation_checkpointing and not settings.offload.hidden_states:
         fixes.append("set train.offload.hidden_states=true")
-    if settings.zero_stage and settings.offload.optimizer is OffloadDevice.none:
-        fixes.append("set train.offload.optimizer=cpu")
+    if settings.offload.optimizer is OffloadDevice.none and not settings.offload.moments:
+        fixes.append("set train.offload.moments=true")
     if settings.zero_stage < 3:
         fixes.append(f"raise train.zero_stage={settings.zero_stage} with several processes")
     if settings.sequence_parallel_size < config.launch.world_size:

@@ -30,7 +30,9 @@ def case(
     sizes = (
         f"{ranks} ranks, ZeRO {zero_stage}" + f", in groups of {size}" * (size > 1) + ", bf16" * (precision != "fp32")
     )
-    sizes += "".join(f", {key}" for key in switches)
+    sizes += "".join(
+        f", {'.'.join([key, *value] if isinstance(value, dict) else [key])}" for key, value in switches.items()
+    )
     return {
         "name": f"{source} to {sizes}" if source else sizes,
         "source": source,
@@ -49,12 +51,21 @@ STARTS: list[tuple[int, list[dict[str, Any]]]] = [
             case("1 ranks, ZeRO 0", 2, 0),
             case("1 ranks, ZeRO 0", 2, 2),
             case("1 ranks, ZeRO 0", 2, 3, 2),
-            case("2 ranks, ZeRO 1", 2, 2),
+            case("2 ranks, ZeRO 1", 2, 2, offload={"moments": True}),
             case("2 ranks, ZeRO 3", 2, 1),
             # For each of these DeepSpeed has another optimizer, with files of the same layout.
             case("2 ranks, ZeRO 1, bf16", 2, 1, precision="bf16", offload={"optimizer": "cpu"}),
             case("2 ranks, ZeRO 1, bf16", 2, 1, precision="bf16", gradient_dtype="bf16"),
-            case("2 ranks, ZeRO 3", 2, 3, activation_checkpointing=True, mlp_tile_tokens=64, loss_tile_tokens=50),
+            case("2 ranks, ZeRO 1, bf16", 2, 1, precision="bf16", offload={"moments": True}),
+            case(
+                "2 ranks, ZeRO 3",
+                2,
+                3,
+                activation_checkpointing=True,
+                mlp_tile_tokens=64,
+                loss_tile_tokens=50,
+                offload={"moments": True},
+            ),
         ],
     ),
     (
@@ -64,8 +75,8 @@ STARTS: list[tuple[int, list[dict[str, Any]]]] = [
             case("2 ranks, ZeRO 1", 4, 3, 2),
             case("2 ranks, ZeRO 2", 4, 2, 4),
             case("2 ranks, ZeRO 3", 4, 3),
-            case("2 ranks, ZeRO 3", 4, 0),
-            case("2 ranks, ZeRO 1, bf16", 4, 3, precision="bf16"),
+            case("2 ranks, ZeRO 3", 4, 0, offload={"moments": True}),
+            case("2 ranks, ZeRO 1, bf16", 4, 3, precision="bf16", offload={"moments": True}),
             case("2 ranks, ZeRO 3, bf16", 4, 2, precision="bf16"),
             case(None, 4, 1, 4),
         ],

@@ -129,6 +129,10 @@ def test_offload_rests_on_zero(tiny_config: Config) -> None:
         validate(tiny_config)
     train.offload.nvme_path = "/disk"
     validate(tiny_config)
+    train.offload.moments = True
+    with pytest.raises(ValueError, match=r"moments=true with train\.offload\.optimizer=cpu, which moves them too"):
+        validate(tiny_config)
+    train.offload.moments = False
     train.offload.parameters = OffloadDevice.none
     with pytest.raises(ValueError, match=r"train\.offload\.nvme_path=/disk is not used"):
         validate(tiny_config)

@@ -47,6 +47,7 @@ class OffloadConfig:
     optimizer: OffloadDevice = OffloadDevice.none  # fp32 parameters and moments; the update runs on the CPU
     parameters: OffloadDevice = OffloadDevice.none  # needs zero_stage=3
     nvme_path: str | None = None  # a folder on the disk, for nvme
+    moments: bool = False  # AdamW's, in pinned host memory; the update runs on the GPU, a piece at a time
     hidden_states: bool = False  # the inputs of checkpointed layers, in pinned host memory
 
 

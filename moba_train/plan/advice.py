@@ -83,9 +83,12 @@ def _candidates(config: Config) -> Iterator[dict[str, Any]]:
         yield {"train.keep_choices": False}
     if not offload.hidden_states:
         yield {**checkpointed, "train.offload.hidden_states": True}
+    if offload.optimizer is OffloadDevice.none and not offload.moments:
+        yield {"train.offload.moments": True}
     if offload.optimizer is OffloadDevice.none:
+        moments = {"train.offload.moments": False} if offload.moments else {}
         stage = {} if train.zero_stage >= 2 else {"train.zero_stage": 2}
-        yield {**stage, "train.offload.optimizer": OffloadDevice.cpu}
+        yield {**stage, **moments, "train.offload.optimizer": OffloadDevice.cpu}
     if offload.parameters is OffloadDevice.none:
         stage = {} if train.zero_stage == 3 else {"train.zero_stage": 3}
         yield {**stage, "train.offload.parameters": OffloadDevice.cpu}

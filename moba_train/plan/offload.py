@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moba_train.config import OffloadDevice
+from moba_train.host_moments import MOMENTS
 from moba_train.plan.activations import hidden_state
 from moba_train.plan.hardware import GB_S, Hardware
 from moba_train.plan.setup import HALF, SINGLE, Setup
@@ -26,11 +27,14 @@ def parameter_seconds(setup: Setup, hardware: Hardware) -> float:
 
 
 def step_seconds(setup: Setup, hardware: Hardware) -> float:
-    """Of a step, with nothing beside it: gradients out, AdamW on the CPU, parameters in."""
+    """Of a step, with nothing beside it: moments in while others go out; or gradients out, AdamW on the CPU, parameters
+    in."""
     device = setup.train.offload.optimizer
+    share = setup.shape.parameters / setup.world_size
+    if setup.train.offload.moments:
+        return len(MOMENTS) * SINGLE * share / (hardware.host_gbs * GB_S)
     if device is OffloadDevice.none:
         return 0.0
-    share = setup.shape.parameters / setup.world_size
     seconds = (SINGLE + HALF) * share / (hardware.host_gbs * GB_S)
     # All of a node's ranks update at once. Read: gradient, parameter, moments; written: all but the gradient.
     seconds += 7 * SINGLE * share * setup.gpus_per_node / (hardware.host_update_gbs * GB_S)

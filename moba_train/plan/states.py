@@ -7,6 +7,7 @@ moments beside the bf16 parameters.
 from __future__ import annotations
 
 from moba_train.config import OffloadDevice, Precision
+from moba_train.host_moments import MOMENTS, PIECE, ROOMS
 from moba_train.plan.setup import HALF, SINGLE, Setup
 
 Parts = dict[str, float]
@@ -15,6 +16,7 @@ Parts = dict[str, float]
 REDUCE_BUCKET = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
 PREFETCH_BUCKET = 50_000_000
+SUB_GROUP = 1_000_000_000
 _DOUBLE = 8
 
 
@@ -30,7 +32,7 @@ def resting(setup: Setup) -> Parts:
         parts["parameters"] = own
         parts["reduction bucket"] = HALF * REDUCE_BUCKET
     if not _optimizer_is_elsewhere(setup):
-        parts["optimizer"] = 3 * SINGLE * count / world
+        parts["optimizer"] = (1 if setup.train.offload.moments else 3) * SINGLE * count / world
     elif stage < 3:  # where gradients pass through on their way to the host
         parts["transfer"] = HALF * largest(setup)
     return parts
@@ -81,12 +83,16 @@ def gathered(setup: Setup) -> Parts:
 
 
 def update(setup: Setup) -> Parts:
-    """Temporaries of the step: the norm in double precision, a parameter at a time, and fp32 copies of bf16 sums."""
+    """Temporaries of the step: the norm in double precision, a parameter at a time; fp32 copies of bf16 sums, which
+    stage 3 makes of a sub-group at a time; and the moments that are not on the host at the time."""
     parts: Parts = {}
-    if setup.train.zero_stage >= 2:
-        parts["norm"] = _DOUBLE * min(largest(setup), setup.shape.parameters / setup.world_size)
-    if setup.train.gradient_dtype is Precision.bf16 and not _optimizer_is_elsewhere(setup):
-        parts["gradients in fp32"] = SINGLE * setup.shape.parameters / setup.world_size
+    share, train = setup.shape.parameters / setup.world_size, setup.train
+    if train.zero_stage >= 2:
+        parts["norm"] = _DOUBLE * min(largest(setup), share)
+    if train.gradient_dtype is Precision.bf16 and not _optimizer_is_elsewhere(setup):
+        parts["gradients in fp32"] = SINGLE * (min(share, SUB_GROUP) if train.zero_stage == 3 else share)
+    if train.offload.moments:
+        parts["moments"] = len(MOMENTS) * SINGLE * min(share, ROOMS * PIECE)
     return parts
 
 
@@ -98,6 +104,8 @@ def on_host(setup: Setup) -> float:
     if offload.optimizer is OffloadDevice.cpu:
         total += share * (20 if setup.train.zero_stage == 3 else 18)
         total += HALF * largest(setup) * (setup.train.zero_stage < 3)
+    if offload.moments:
+        total += len(MOMENTS) * SINGLE * share
     if offload.parameters is OffloadDevice.cpu:
         total += share * HALF
     return total

@@ -36,12 +36,15 @@ from plan.live_bytes import LiveBytes
 def main(stage: str, offload: str, gradient_dtype: str) -> None:
     runtime = start(LaunchConfig(device=Device.cpu))
     train = TrainConfig(precision=Precision.bf16, zero_stage=int(stage), gradient_dtype=Precision[gradient_dtype])
-    train.offload.optimizer = OffloadDevice[offload]
+    train.offload.moments = offload == "moments"
+    train.offload.optimizer = OffloadDevice.none if train.offload.moments else OffloadDevice[offload]
     with LiveBytes() as live:
         model = load_model(ModelConfig(architecture=WIDE), train.precision)
         hf_attention.set_plan(model, [AttentionSpec("full")] * model.config.num_hidden_layers)
         losses = TokenLosses(model, 64)
-        engine = build_engine(losses, build_optimizer(losses, OptimizerConfig(), True), train, runtime)
+        engine = build_engine(
+            losses, build_optimizer(losses, OptimizerConfig(), True, train.offload.moments), train, runtime
+        )
         set_accumulation(engine, 1)
         ids = torch.zeros(1, 64, dtype=torch.int64)
         bounds = torch.tensor([0, 64], dtype=torch.int32)

@@ -29,11 +29,19 @@ def counted(*arguments: str) -> dict[str, int]:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("stage", "offload", "gradients"),
-    [(1, "none", "fp32"), (1, "none", "bf16"), (2, "none", "fp32"), (2, "cpu", "fp32"), (3, "none", "fp32")],
+    [
+        (1, "none", "fp32"),
+        (1, "none", "bf16"),
+        (2, "none", "fp32"),
+        (2, "cpu", "fp32"),
+        (3, "none", "fp32"),
+        (3, "moments", "bf16"),
+    ],
 )
 def test_states_are_those_of_the_engine(stage: int, offload: str, gradients: str) -> None:
     config = recipe(WIDE, 64, zero_stage=stage, gradient_dtype=Precision[gradients])
-    config.train.offload.optimizer = OffloadDevice[offload]
+    config.train.offload.moments = offload == "moments"
+    config.train.offload.optimizer = OffloadDevice.none if offload == "moments" else OffloadDevice[offload]
     setup = setup_of(config)
     everything = setup.shape.parameters
     parts = states.resting(setup) | states.gradients(setup, everything)
