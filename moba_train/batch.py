@@ -24,9 +24,10 @@ def model_inputs(batch: Batch, runtime: Runtime) -> dict[str, Any]:
     }
     size, rank = runtime.sequence_parallel_size, runtime.sequence_parallel_rank
     slices = {name: tensor.chunk(size, dim=1)[rank].contiguous() for name, tensor in rows.items()}
-    bounds = batch.cu_seqlens
-    if bounds[1] == bounds[-1]:  # one segment: attention sees it by the bounds' length alone, without reading them
-        bounds = bounds[:2]
+    bounds, (count, length) = batch.cu_seqlens, batch.input_ids.shape
+    if (bounds[: count + 1].diff() == length).all():
+        # Each row is one segment: attention sees it by the number of bounds and max_seqlen, without reading them.
+        bounds = bounds[: count + 1]
     tensors = {**slices, "cu_seq_lens_q": bounds}
     moved = {name: tensor.to(runtime.device, non_blocking=True) for name, tensor in tensors.items()}
     return {**moved, "max_length_q": batch.max_seqlen}

@@ -1,5 +1,5 @@
 """The dense passes of ``varlen`` on CUDA, on FlashAttention-2: the flash-attn package if installed, else torch's own.
-A single segment of full attention goes to cuDNN.
+Full attention of equally long segments goes to cuDNN.
 
 Both take packed sequences of any length with grouped heads, and give the log-sum-exp as (H, T) in fp32. Routed rows of
 one key/value head are packed by block, so that every block is a sequence of its own; a block that nobody chose is a
@@ -81,14 +81,14 @@ def _backward(
     )
 
 
-def one_segment(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Dense causal attention of one segment, shapes as in ``reference``: cuDNN's kernel, the fastest on recent GPUs but
-    without packed bounds, and FlashAttention-2 where cuDNN refuses."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+def whole_rows(query: Tensor, key: Tensor, value: Tensor, rows: int, scale: float) -> Tensor:
+    """Dense causal attention of ``rows`` equally long segments, shapes as in ``reference``: cuDNN's kernel, the fastest
+    on recent GPUs but without packed bounds, and FlashAttention-2 where cuDNN refuses."""
+    q, k, v = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in (query, key, value))
     fastest = sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True)
     with fastest, keep_operator("aten::_scaled_dot_product"):
         out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out[0].transpose(0, 1)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def causal_forward(

@@ -34,13 +34,20 @@ def varlen(
     reads block bounds and list lengths back to the host; ``full`` on CUDA reads nothing.
     """
     if spec.kind == "full":
-        if query.is_cuda and len(cu_seqlens) == 2:
-            return dense_cuda.one_segment(query, key, value, scale)
+        if query.is_cuda and (rows := whole_rows(len(query), cu_seqlens, max_seqlen)):
+            return dense_cuda.whole_rows(query, key, value, rows, scale)
         return varlen_full(query, key, value, cu_seqlens, max_seqlen, scale)[0]
     block_size, top_k = spec.moba
     choices = varlen_choose(query.detach(), key.detach(), cu_seqlens, block_size, top_k)
     bounds = cut(cu_seqlens, block_size, len(query)).bounds
     return varlen_moba(query, key, value, choices, bounds, block_size, scale)[0]
+
+
+def whole_rows(tokens: int, cu_seqlens: Tensor, max_seqlen: int) -> int:
+    """Segments, where all are equally long, else 0. The bounds themselves are not read: as many segments, of
+    ``max_seqlen`` at most, make up all tokens only if each has that length."""
+    segments = len(cu_seqlens) - 1
+    return segments if segments == 1 or segments * max_seqlen == tokens else 0
 
 
 @torch.library.custom_op("moba_train::varlen_choose", mutates_args=())

@@ -123,11 +123,9 @@ def attention_backward(setup: Setup, spec: AttentionSpec) -> float:
 
 
 def workspace(setup: Setup, spec: AttentionSpec) -> float:
-    """Of attention's backward pass. Dense: dQ in fp32 and, of several rows, which FlashAttention-2 takes, dK and dV of
-    every query head. MoBA: the lists of all choices, and partial dQ of a chunk."""
+    """Of attention's backward pass. Dense: dQ in fp32. MoBA: the lists of all choices, and partial dQ of a chunk."""
     if spec.kind == "full":
-        ungrouped = setup.rows > 1 and setup.key_size < setup.query_size
-        return SINGLE * setup.query_size + ungrouped * 2 * HALF * setup.query_size
+        return SINGLE * setup.query_size
     tokens = setup.rows * setup.stage.context_length
     kv_heads = setup.key_size // setup.shape.head_dim // setup.sequence_parallel_size
     group = setup.query_size // setup.key_size

@@ -166,14 +166,52 @@ def test_refusals_name_the_reason():
     assert "meta" in varlen.refuses(query.to("meta"), query, FULL)
 
 
+@pytest.mark.parametrize(
+    ("bounds", "longest", "rows"),
+    [
+        ([0, 6], 6, 1),
+        ([0, 6], 9, 1),
+        ([0, 3, 6], 3, 2),
+        ([0, 2, 4, 6], 2, 3),
+        ([0, 2, 6], 4, 0),
+        ([0, 3, 6], 6, 0),  # a bound that is not the longest segment's length tells nothing
+        ([0, 3, 6, 6], 3, 0),
+    ],
+)
+def test_whole_rows_go_to_their_own_kernel(bounds: list[int], longest: int, rows: int, monkeypatch):
+    unreadable = torch.empty(len(bounds), dtype=torch.int32, device="meta")
+    assert varlen.whole_rows(6, unreadable, longest) == rows
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    asked = []
+    monkeypatch.setattr(varlen.dense_cuda, "whole_rows", lambda q, k, v, rows, scale: asked.append(rows))
+    monkeypatch.setattr(varlen, "varlen_full", lambda *arguments: asked.append("packed") or (None, None))
+    query = torch.zeros(6, 2, 8).as_subclass(OnGpu)
+    varlen.varlen(query, query, query, unreadable, longest, FULL, 1.0)
+    assert asked == [rows or "packed"]
+
+
+def test_whole_rows_are_exact():
+    case = Case("rows", (37, 37, 37), heads=6, kv_heads=2, head_dim=16)
+    tensors = tuple(x.double() for x in case.tensors())
+
+    def rows(query, key, value, bounds, longest, spec, scale):
+        return varlen.dense_cuda.whole_rows(query, key, value, varlen.whole_rows(111, bounds, longest), scale)
+
+    assert_close(attend(rows, case, FULL, tensors), attend(reference, case, FULL, tensors), 1e-13)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("keep", [False, True], ids=["", "kept"])
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_one_full_segment_goes_to_cudnn(head_dim: int, keep: bool):
+def test_full_rows_on_the_gpu(head_dim: int, rows: int, keep: bool):
     device = torch.device("cuda")
-    tensors = [torch.randn(777, heads, head_dim, device=device) for heads in (8, 2, 2, 8)]
+    tensors = [torch.randn(777 * rows, heads, head_dim, device=device) for heads in (8, 2, 2, 8)]
     query, key, value, grad_out = (x.bfloat16() for x in tensors)
-    bounds = torch.tensor([0, 777], dtype=torch.int32, device=device)
+    bounds = 777 * torch.arange(rows + 1, dtype=torch.int32, device=device)
     inputs = [x.requires_grad_() for x in (query, key, value)]
     kinds = frozenset({keeping.ATTENTION}) if keep else frozenset()
     out = checkpoint(
