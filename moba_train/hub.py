@@ -4,6 +4,7 @@ file at a time."""
 from __future__ import annotations
 
 import functools
+import threading
 from pathlib import Path
 
 from huggingface_hub.constants import ENDPOINT
@@ -21,6 +22,15 @@ def out_of_reach(location: str) -> bool:
 
 @functools.cache
 def _connects() -> bool:
+    answers: list[bool] = []
+    asking = threading.Thread(target=lambda: answers.append(_answers()), daemon=True)
+    asking.start()
+    # Connecting and reading have their own time-outs, looking up the name has none: a name server may say nothing.
+    asking.join(3 * CONNECT_SECONDS)
+    return answers == [True]
+
+
+def _answers() -> bool:
     try:
         # The session that will be used, with its proxies and certificates.
         get_session().head(ENDPOINT, timeout=CONNECT_SECONDS)

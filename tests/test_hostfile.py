@@ -18,7 +18,7 @@ import pytest
 
 from moba_train.config import Device, LaunchConfig, LaunchKind
 from moba_train.metrics_file import read_rows
-from moba_train.parallel import hosts, launch, local
+from moba_train.parallel import hosts, launch, local, ssh
 from test_distributed import losses, wait_for, workers_of
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin:/sbin")
@@ -148,6 +148,24 @@ def test_a_machine_that_does_not_let_in(two_hosts: LaunchConfig, tmp_path: Path)
     (tmp_path / "config").write_text(config.read_text().replace(f"{config.parent}/user", f"{tmp_path}/other"))
     two_hosts.ssh_options = ["-F", str(tmp_path / "config")]
     refused(two_hosts, "cannot be reached over ssh", "Permission denied", "without a password")
+
+
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="no ssh on this machine")
+def test_a_name_server_that_says_nothing(tmp_path: Path, monkeypatch) -> None:
+    asked = []
+
+    def silent(name: str, port: None) -> None:
+        asked.append(name)
+        time.sleep(5)
+
+    monkeypatch.setattr(hosts, "_NAME_SECONDS", 0.2)
+    monkeypatch.setattr(hosts.socket, "getaddrinfo", silent)
+    (tmp_path / "config").write_text("Host short\n  HostName node-a.example\nHost behind\n  ProxyJump gate\n")
+    config = LaunchConfig(kind=LaunchKind.hostfile, ssh_options=["-F", str(tmp_path / "config")])
+    config.hostfile = hostfile(tmp_path, "short slots=1\n")
+    refused(config, "told the address of node-a.example within 0.2 s", "short's address in launch.hostfile=")
+    assert asked == ["node-a.example"]
+    assert ssh.looked_up(config, "behind") is None and ssh.looked_up(config, "other") == "other"
 
 
 @needs_sshd

@@ -49,6 +49,14 @@ def test_a_slow_hub_is_in_reach(server: socket.socket, monkeypatch: pytest.Monke
     assert not hub.out_of_reach(NOWHERE)
 
 
+def test_a_name_server_that_says_nothing(server: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **keywords: time.sleep(5))
+    began = time.monotonic()
+    assert hub.out_of_reach(NOWHERE)
+    assert time.monotonic() - began < 3
+
+
 def test_offline_mode_is_left_to_the_library(server: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says so itself, and loads what was downloaded before."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from moba_train.parallel import probe, ssh
 from moba_train.parallel.supervise import SSH_FAILED
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)")
+_NAME_SECONDS = 15.0  # three tries of a name server's client
 _PROBE_SECONDS = 120.0  # a cold file system takes its time to import torch
 
 
@@ -122,6 +126,26 @@ def check(launch: LaunchConfig) -> None:
             )
 
 
+def _find(launch: LaunchConfig, host: Host) -> None:
+    """Refuse a machine whose name no server says anything about; that there is none of that name is for ssh to say."""
+    name = ssh.looked_up(launch, host.name)
+    if name is None:
+        return
+    answered = threading.Event()
+
+    def ask() -> None:
+        with suppress(OSError):
+            socket.getaddrinfo(name, None)
+        answered.set()
+
+    threading.Thread(target=ask, daemon=True).start()  # nothing stops a look-up
+    if not answered.wait(_NAME_SECONDS):
+        raise ValueError(
+            f"no name server told the address of {name} within {_NAME_SECONDS:g} s: write {host.name}'s address in "
+            f"launch.hostfile={launch.hostfile} or /etc/hosts, or repair name resolution"
+        )
+
+
 def _probe(launch: LaunchConfig, host: Host, first: bool) -> dict[str, Any]:
     arguments = ["--port", str(launch.port)] if first else []
     if launch.device is not Device.cpu:
@@ -129,6 +153,7 @@ def _probe(launch: LaunchConfig, host: Host, first: bool) -> dict[str, Any]:
     python = launch.python or sys.executable
     command = ssh.command(launch, host.name, ["-m", "moba_train.parallel.probe", *arguments], {})
     try:
+        _find(launch, host)
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_SECONDS, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
         raise ValueError(

@@ -70,6 +70,15 @@ def command(launch: LaunchConfig, host: str, arguments: Sequence[str], environme
     return ["ssh", *launch.ssh_options, *options, host, remote]
 
 
+def looked_up(launch: LaunchConfig, host: str) -> str | None:
+    """The name that ssh has to find the address of, after its own configuration; None where a proxy does so."""
+    asked = ["ssh", "-G", *launch.ssh_options, host]
+    done = subprocess.run(asked, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    settings = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
+    behind = {settings.get(key, "none") for key in ("proxyjump", "proxycommand")} != {"none"}
+    return None if behind else settings.get("hostname", host)
+
+
 def commands(launch: LaunchConfig, hosts: Sequence[Host], resolved: Path) -> list[list[str]]:
     """The command for each machine. The first one's name is where the ranks meet."""
     world_size = sum(host.processes for host in hosts)
