@@ -3,7 +3,8 @@
 Whole optimizer steps through ``train_step.optimize`` and DeepSpeed, of models with random weights on random tokens, one
 row one segment. Dense is the kind ``full``: torch's attention with cuDNN. Where a dense step would take minutes,
 attention of a quarter of one layer's heads is timed and multiplied, the rest of the step taken from MoBA's; marked (*).
-Utilisation counts the model's operations alone, MoBA's with the keys that it reads, over the data sheet's peak.
+Utilisation counts the model's operations alone, MoBA's with the keys that it reads, over the data sheet's peak. Every
+case has a process of its own, so that none finds what another left in memory.
 """
 
 from __future__ import annotations
@@ -13,17 +14,24 @@ import copy
 import gc
 import json
 import math
+import multiprocessing
+import os
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+# Asking whether there is a GPU must not start CUDA here: processes that are forked later could not use it.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+
 import torch
 import yaml
+from bench_train_cases import CASES, FULL, KEPT, Case, moba
 from bench_train_profile import breakdown
 from omegaconf import OmegaConf
 
@@ -45,112 +53,8 @@ from moba_train.skipped import SkippedSteps
 from moba_train.train_step import optimize
 from moba_train.validate import micro_batch_rows
 
-FULL = AttentionSpec("full")
 LONGEST_PROFILE = 10  # seconds of a step
 HEADS_SHARE = 4  # of a layer's heads, one in as many is timed; their work is independent and fills the GPU by far
-
-
-def moba(block_size: int, top_k: int) -> AttentionSpec:
-    return AttentionSpec("moba", block_size, top_k)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One engine: a model at one context length with its switches, and the attentions that take steps in it."""
-
-    name: str
-    model: str
-    context: int
-    attentions: tuple[AttentionSpec, ...]
-    rows: int = 1  # of a step
-    steps: int = 3  # timed, after one that is not
-    warm: int = 1
-    switches: dict[str, Any] = field(default_factory=dict)  # of ``train``
-    dense_layer: bool = False  # time one layer's dense attention in the place of dense steps
-    gradients_only: bool = False
-    profile: bool = False
-
-
-CHECKPOINTED = {"activation_checkpointing": True}
-KEPT = {**CHECKPOINTED, "keep_attention": True}
-LONG = {**CHECKPOINTED, "mlp_tile_tokens": 32768}
-
-CASES = [
-    Case("tiny", "tiny", 1024, (FULL, moba(128, 3)), switches={**KEPT, "mlp_tile_tokens": 100}, profile=True),
-    Case(
-        "tiny_gradients",
-        "tiny",
-        1024,
-        (moba(128, 3),),
-        warm=0,
-        steps=1,
-        switches={**LONG, "offload": {"hidden_states": True}},
-        gradients_only=True,
-    ),
-    Case("tiny_layer", "tiny", 1024, (moba(128, 3),), switches=LONG, dense_layer=True),
-    Case("32k", "llama3_1b", 32768, (FULL, moba(512, 3)), switches=KEPT, profile=True),
-    Case("32k_recomputed", "llama3_1b", 32768, (FULL, moba(512, 3)), switches=CHECKPOINTED, profile=True),
-    Case("128k", "llama3_1b", 131072, (moba(128, 8), moba(4096, 12), FULL), steps=1, switches=KEPT),
-    Case("128k_recomputed", "llama3_1b", 131072, (moba(4096, 12),), steps=1, switches=CHECKPOINTED),
-    Case(
-        "512k",
-        "llama3_1b",
-        1 << 19,
-        (moba(4096, 12),),
-        steps=1,
-        warm=0,  # kernels are compiled by the cases before
-        switches={**LONG, "keep_attention": True},
-        dense_layer=True,
-    ),
-    Case(
-        "1m",
-        "llama3_1b",
-        1 << 20,
-        (moba(4096, 12),),
-        steps=1,
-        warm=0,
-        switches={**LONG, "offload": {"hidden_states": True}},
-        dense_layer=True,
-    ),
-    Case("smollm2_32k", "smollm2_135m", 32768, (FULL, moba(512, 3)), rows=4, switches=KEPT, profile=True),
-    Case(  # small layers keep the host busier than the GPU, unless a pass has many tokens
-        "smollm2_32k_one_pass",
-        "smollm2_135m",
-        32768,
-        (FULL, moba(512, 3)),
-        rows=4,
-        switches={**KEPT, "micro_batch_tokens": 131072},
-        profile=True,
-    ),
-    Case("tiny_one_pass", "tiny", 1024, (FULL, moba(128, 3)), rows=4, switches={**KEPT, "micro_batch_tokens": 4096}),
-    Case("16k", "llama3_1b", 16384, (moba(512, 3),)),
-]
-SWITCHES = {  # each alone, beside activation checkpointing
-    "": {},
-    "keep_attention": {"keep_attention": True},
-    "mlp_tile_tokens=8192": {"mlp_tile_tokens": 8192},
-    "offload.hidden_states": {"offload": {"hidden_states": True}},
-    "offload.optimizer=cpu": {"offload": {"optimizer": "cpu"}},
-    "gradient_dtype=bf16": {"gradient_dtype": "bf16"},
-    "fused_kernels=none": {"fused_kernels": "none"},
-    "zero_stage=3 offload.parameters=cpu": {"zero_stage": 3, "offload": {"parameters": "cpu"}},
-}
-CASES += [
-    Case(f"switch {name}".strip(), "llama3_1b", 65536, (moba(512, 3),), switches={**CHECKPOINTED, **switches}, steps=1)
-    for name, switches in SWITCHES.items()
-]
-CASES.append(  # no optimizer step: its fp32 state, 128 GB with the gradients, is more than one GPU's host has
-    Case(
-        "8b_gradients",
-        "llama3_8b",
-        1 << 18,
-        (moba(512, 3),),
-        steps=1,
-        warm=0,
-        switches={**LONG, "offload": {"hidden_states": True}},
-        gradients_only=True,
-    )
-)
 
 
 class RandomRows:
@@ -328,7 +232,7 @@ def fill_host(case: Case, device: torch.device) -> None:
     del memory.take(size)[:]
 
 
-def measure(case: Case, runtime: Runtime, until: float) -> list[dict[str, Any]]:
+def measure(case: Case, until: float, runtime: Runtime) -> list[dict[str, Any]]:
     """A row for each attention of a case."""
     common = {"case": case.name, "model": case.model, "context_length": case.context, "rows": case.rows}
     try:
@@ -435,17 +339,11 @@ def main() -> None:
         raise SystemExit(f"error: unknown case {unknown[0]}: choose from {', '.join(c.name for c in CASES)}")
     changes = OmegaConf.to_container(OmegaConf.from_dotlist(arguments.set))
     until = time.monotonic() + arguments.seconds
-    runtime = start(Config().launch)
-    name = torch.cuda.get_device_name() if runtime.device.type == "cuda" else "cpu"
-    report: dict[str, Any] = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "device": name,
-        "torch": torch.__version__,
-        "command": " ".join(sys.argv),
-        "covering_top_k": covering_top_k(runtime),
-        "rows": [],
-    }
-    print(f"{name}, torch {torch.__version__}; a covering top_k equals dense: {report['covering_top_k']}", flush=True)
+    report: dict[str, Any] = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "command": " ".join(sys.argv), "rows": []}
+    report |= apart(machine) or {}
+    if "covering_top_k" not in report:
+        raise SystemExit("error: the check of a covering top_k failed, see above")
+    print("{device}, torch {torch}; a covering top_k equals dense: {covering_top_k}".format(**report), flush=True)
     for case in CASES:
         if not any(belongs(case, name) for name in wanted):
             continue
@@ -453,10 +351,36 @@ def main() -> None:
             print(f"{case.name:>38}  not begun: {arguments.seconds} s are over", flush=True)
             continue
         case = replace(case, switches={**copy.deepcopy(case.switches), **changes})
-        report["rows"] += measure(case, runtime, until)
+        rows = apart(measure, case, until)
+        report["rows"] += [{"case": case.name, "error": "its process ended, see above"}] if rows is None else rows
         if arguments.output:
             arguments.output.write_text(json.dumps(report, indent=1))
-    finish()
+
+
+def machine(runtime: Runtime) -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if runtime.device.type == "cuda" else "cpu"
+    return {"device": name, "torch": torch.__version__, "covering_top_k": covering_top_k(runtime)}
+
+
+def apart(work: Callable, *arguments: Any) -> Any:
+    """``work(*arguments, runtime)`` in a process of its own; None where that ended without a result."""
+    forked = multiprocessing.get_context("fork")  # what was imported is there
+    receiver, sender = forked.Pipe(duplex=False)
+
+    def child() -> None:
+        runtime = start(Config().launch)
+        sender.send(work(*arguments, runtime))
+        finish()
+
+    process = forked.Process(target=child)
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        return None
+    finally:
+        process.join()
 
 
 if __name__ == "__main__":
