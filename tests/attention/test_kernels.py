@@ -103,25 +103,68 @@ def test_a_query_without_numbers_still_reads_its_share_of_blocks():
     assert (choices[0, 32:] < 10).all()
 
 
+def random_choices(lengths, block_size: int, shape, gaps: bool):
+    """Choices (K, T, G, R), and the blocks that they name, counted over all segments: distinct earlier blocks of the
+    query's segment, in any order; -1 where there are none left or, with gaps, now and then."""
+    kv_heads, group, choose = shape
+    blocks = cut(torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int(), block_size, sum(lengths))
+    first = blocks.first[blocks.of_token].view(1, -1, 1, 1)
+    earlier = blocks.of_token.view(1, -1, 1, 1) - first
+    scores = torch.rand(kv_heads, sum(lengths), group, max(choose, int(earlier.max()) + 1))
+    best, choices = scores.masked_fill(torch.arange(scores.shape[-1]) >= earlier, -1).topk(choose)
+    none = (best < 0) | (torch.rand_like(best) < 0.2 if gaps else False)
+    return torch.where(none, 32767, choices).short(), torch.where(none, -1, choices + first).flatten(1)
+
+
 @kernels
-def test_lists_hold_every_entry_once_in_ascending_order():
+@pytest.mark.parametrize(
+    ("lengths", "block_size", "shape", "constants"),
+    [
+        ((300,), 16, (2, 1, 3), {"PART_ENTRIES": 64}),
+        ((150, 0, 90, 7), 16, (2, 3, 2), {"PART_ENTRIES": 100}),
+        ((1, 1, 2), 16, (2, 2, 2), {}),  # no choices at all
+        ((33,), 16, (1, 1, 1), {"PART_ENTRIES": 1}),  # as many parts as tokens
+        ((400,), 16, (3, 2, 5), {"MOST_COUNTERS": 1}),  # one part
+        ((700, 20), 128, (1, 4, 4), {"PART_ENTRIES": 500, "SHORT_RANKS": 0}),
+        ((640,), 16, (1, 1, 40), {"RANK_PROGRAMS": 7}),
+        ((5000,), 16, (1, 1, 2), {"PLACE_TOTALS": 64}),  # more blocks than a program of any kernel has
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+@pytest.mark.parametrize("gaps", [False, True])
+def test_lists_are_those_of_a_stable_sort(monkeypatch, lengths, block_size, shape, constants, gaps):
+    """And so are their parts, and the tiles that any parts of them are cut into."""
     _, _, route = modules()
-    case = Case("lists", (150, 90), top_k=4)
-    query, key, _, _ = case.tensors(DEVICE, DTYPE)
-    blocks, choices = choices_of(case, query, key)
-    lists = route.route(choices, blocks)
-    entries, offsets = lists.entries.tolist(), lists.offsets.tolist()
-    flat = choices.flatten(1).tolist()
-    for head in range(case.kv_heads):
-        for block in range(len(blocks.first)):
-            at = (head * len(blocks.first) + block) * lists.parts
-            found = entries[offsets[at] : offsets[at + lists.parts]]
-            wanted = [
-                entry
-                for entry, choice in enumerate(flat[head])
-                if choice != 255 and int(blocks.first[blocks.of_token[entry // 6]]) + choice == block
-            ]
-            assert found == wanted
+    from moba_train.attention.kernels import tiles
+
+    monkeypatch.setattr(tiles, "TILE_LISTS", 64)
+    for name, value in constants.items():
+        monkeypatch.setattr(route, name, value)
+    choices, named = random_choices(lengths, block_size, shape, gaps)
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int()
+    blocks = cut(bounds.to(DEVICE), block_size, sum(lengths))
+    count, group_choices = len(blocks.first), shape[1] * shape[2]
+    wanted = torch.where(named < 0, count, named)
+    order = wanted.argsort(stable=True)
+    lists = route.route(choices.to(DEVICE), blocks)
+    entries, offsets = lists.entries.cpu(), lists.offsets.cpu()
+    part = torch.arange(wanted.shape[1]) // (lists.part_tokens * group_choices)
+    assert offsets.shape == (shape[0], lists.parts + 1, count) and lists.parts == int(part[-1]) + 1
+    for head in range(shape[0]):
+        held = torch.bincount(wanted[head] * lists.parts + part, minlength=(count + 1) * lists.parts)
+        held = held.view(count + 1, -1)[:count]
+        ends = held.flatten().cumsum(0).view(count, -1) + head * wanted.shape[1]
+        assert torch.equal(offsets[head, 1:].T, ends.int())
+        assert torch.equal(offsets[head, :-1].T, (ends - held).int())
+        start, stop = int(offsets[head, 0, 0]), int(offsets[head, -1, -1])
+        assert torch.equal(entries[start:stop], order[head, : stop - start].int())
+    for first, last in ((0, lists.parts), (lists.parts // 2, lists.parts), (0, 1)):
+        cut_lists = tiles.tile(lists, first, last, choices.numel(), 16)
+        each = (offsets[:, last] - offsets[:, first] + 15).flatten() // 16
+        assert torch.equal(cut_lists.of_list.cpu(), torch.cat([each.new_zeros(1), each.cumsum(0)]).int())
+        found = torch.full((len(cut_lists.lists),), len(each))
+        found[: int(each.sum())] = torch.arange(len(each)).repeat_interleave(each)
+        assert torch.equal(cut_lists.lists.cpu(), found.int())
 
 
 @kernels
@@ -131,7 +174,7 @@ def test_chunks_change_nothing(monkeypatch, block_size):
     op, plan, route = modules()
     case = Case("chunks", (9 + 10 * 16,) if block_size == 16 else (300,), 2, 2, block_size=block_size, top_k=2)
     tensors = case.tensors(DEVICE, DTYPE)
-    monkeypatch.setattr(route, "COUNT_ENTRIES", 64)
+    monkeypatch.setattr(route, "PART_ENTRIES", 64)
     whole = attend(op.triton_attention, case, case.spec, tensors)
     monkeypatch.setattr(plan, "WORKSPACE_FLOOR", 0)
     monkeypatch.setattr(plan, "WORKSPACE_SHARE", 0.02)

@@ -17,6 +17,7 @@ FLOATS = {"lse", "delta", "padded_lse", "padded_delta", "partial_lse"}
 LOG2_E = 1.44
 SIZES = {
     "forward": {"G": 4, "R": 2, "B": 256, "D": 128, "BLOCK_N": 128, "STAGES": 2},
+    "resident": {"G": 1, "R": 2, "D": 128, "BLOCK_N": 128, "STAGES": 3},
     "query": {"LOG2_E": LOG2_E, "G": 4, "R": 2, "B": 256, "D": 128, "BLOCK_N": 128, "STAGES": 2},
     "key_value": {"LOG2_E": LOG2_E, "QUERY": True, "G": 1, "R": 2, "TILES": 1, "D": 128, "BLOCK_M": 64, "STAGES": 3},
 }
@@ -52,7 +53,7 @@ def compile_kernel(name: str) -> None:
         attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.startswith("p_")},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": module.TILING.warps})
-    assert "wgmma.mma_async" in compiled.asm["ptx"] and "setmaxnreg" in compiled.asm["ptx"]
+    assert "wgmma.mma_async" in compiled.asm["ptx"] and (name == "resident" or "setmaxnreg" in compiled.asm["ptx"])
     assert compiled.metadata.shared <= 227 << 10
 
 

@@ -80,7 +80,7 @@ def routed_query_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    i_list, o_entry, m_row = find_tile(p_lists, p_of_list, p_offsets, p_entries, LISTS, P, i_part, n_parts, BLOCK_M)
+    i_list, o_entry, m_row = find_tile(p_lists, p_of_list, p_offsets, p_entries, LISTS, N, P, i_part, n_parts, BLOCK_M)
     if i_list == LISTS:
         return
     i_kv = i_kv_start + i_list // N
@@ -209,7 +209,7 @@ def pad_lists_kernel(
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    i_list, o_entry, m_row = find_tile(p_lists, p_of_list, p_offsets, p_entries, LISTS, P, 0, P, BLOCK_M)
+    i_list, o_entry, m_row = find_tile(p_lists, p_of_list, p_offsets, p_entries, LISTS, N, P, 0, P, BLOCK_M)
     if i_list == LISTS:
         return
     # (BLOCK_M,)

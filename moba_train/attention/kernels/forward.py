@@ -16,7 +16,14 @@ from moba_train.attention.kernels.rows import NUMBERS, load_keys, load_rows, row
 
 
 @triton.jit
-def find_tile(p_lists, p_of_list, p_offsets, p_entries, LISTS, P, i_part, n_parts, BLOCK_M: tl.constexpr):
+def part_bounds(p_offsets, i_list, N, P, i_part, n_parts):
+    """Where the entries of some parts of list i_list start and stop."""
+    p_start = p_offsets + ((i_list // N).to(tl.int64) * (P + 1) + i_part) * N + i_list % N
+    return tl.load(p_start), tl.load(p_start + n_parts.to(tl.int64) * N)
+
+
+@triton.jit
+def find_tile(p_lists, p_of_list, p_offsets, p_entries, LISTS, N, P, i_part, n_parts, BLOCK_M: tl.constexpr):
     """This program's list, its entries (BLOCK_M,) and which of them are real: past the end the last one repeats.
     List LISTS: nothing to do."""
     i_list = tl.load(p_lists + tl.program_id(0))
@@ -24,8 +31,8 @@ def find_tile(p_lists, p_of_list, p_offsets, p_entries, LISTS, P, i_part, n_part
     m_row = o_entry > 0
     if i_list < LISTS:
         i_tile = tl.program_id(0) - tl.load(p_of_list + i_list)
-        n_start = tl.load(p_offsets + i_list.to(tl.int64) * P + i_part) + i_tile * BLOCK_M
-        n_stop = tl.load(p_offsets + i_list.to(tl.int64) * P + i_part + n_parts)
+        n_start, n_stop = part_bounds(p_offsets, i_list, N, P, i_part, n_parts)
+        n_start += i_tile * BLOCK_M
         m_row = tl.arange(0, BLOCK_M) < n_stop - n_start
         o_entry = tl.load(p_entries + tl.minimum(n_start + tl.arange(0, BLOCK_M), n_stop - 1))
     return i_list, o_entry, m_row
@@ -61,7 +68,7 @@ def routed_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    i_list, o_entry, m_row = find_tile(p_lists, p_of_list, p_offsets, p_entries, LISTS, P, i_part, n_parts, BLOCK_M)
+    i_list, o_entry, m_row = find_tile(p_lists, p_of_list, p_offsets, p_entries, LISTS, N, P, i_part, n_parts, BLOCK_M)
     if i_list == LISTS:
         return
     i_kv = i_kv_start + i_list // N
@@ -117,9 +124,7 @@ def resident_forward_kernel(
     i_part_kv = tl.program_id(0) % n_kv
     i_block = tl.program_id(0) // n_kv
     i_kv = i_kv_start + i_part_kv
-    p_offsets += (i_part_kv.to(tl.int64) * N + i_block) * P + i_part
-    n_start = tl.load(p_offsets)
-    n_stop = tl.load(p_offsets + n_parts)
+    n_start, n_stop = part_bounds(p_offsets, i_part_kv * N + i_block, N, P, i_part, n_parts)
     if n_start >= n_stop:
         return
     n_token = tl.load(p_bounds + i_block)

@@ -27,8 +27,9 @@ from moba_train.attention.kernels.plan import (
     shared_memory,
     sizes_of,
 )
-from moba_train.attention.kernels.route import Lists, tile
+from moba_train.attention.kernels.route import Lists
 from moba_train.attention.kernels.rows import LOG2_E
+from moba_train.attention.kernels.tiles import tile
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,14 @@ def attend(
         partial = torch.empty(kv_heads * entries, sizes.head_dim, dtype=query.dtype, device=query.device)
         partial_lse = torch.empty(kv_heads * entries, dtype=torch.float32, device=query.device)
         results = (partial, partial_lse, scale * LOG2_E, kv_start, chunk.row_start * sizes.choose, entries)
-        if "resident" in config:
+        if "resident" in config and (tuned := _tuned(hopper and hopper.resident, sizes)) is not None:
+            count = len(blocks.first)
+            arguments = (
+                blocks.bounds, lists.offsets, lists.entries, *results, count, lists.parts, chunk.part_start,
+                chunk.part_stop - chunk.part_start, sizes.kv_heads,
+            )  # fmt: skip
+            tuned.launch(query, key, value, *arguments, programs=count * kv_heads, sizes=sizes)
+        elif "resident" in config:
             forward.resident_forward_kernel[(len(blocks.first) * kv_heads,)](
                 query, key, value, blocks.bounds, lists.offsets, lists.entries, *results, kv_heads, len(blocks.first),
                 lists.parts, chunk.part_start, chunk.part_stop - chunk.part_start, sizes.kv_heads, B=block_size,
@@ -119,7 +127,7 @@ def _tiles(
     lists: Lists, kv_heads: int, chunk: Chunk, entries: int, config: Config, sizes: Sizes, blocks: Blocks
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """The arguments by which a routed kernel finds its tile: tensors, the tiles' lists first, and numbers."""
-    tiles = tile(lists, kv_heads, chunk.part_start, chunk.part_stop, kv_heads * entries, config.rows)
+    tiles = tile(lists, chunk.part_start, chunk.part_stop, kv_heads * entries, config.rows)
     count = len(blocks.first)
     numbers = (
         kv_heads * count,
@@ -165,7 +173,7 @@ def attend_backward(
             padded = (blocks.bounds, blocks.bounds, blocks.bounds, lse, delta)  # R = 0: not read
         else:
             entries = kv_heads * sizes.rows * sizes.choose
-            tiles = tile(lists, kv_heads, 0, lists.parts, entries, tiling.rows)
+            tiles = tile(lists, 0, lists.parts, entries, tiling.rows)
             room = (len(tiles.lists) + 1) * tiling.rows  # one tile is read ahead
             padded = (
                 tiles.of_list,

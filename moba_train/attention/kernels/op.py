@@ -63,19 +63,14 @@ def route(choices: Tensor, bounds: Tensor, first: Tensor, of_token: Tensor) -> t
 @route.register_fake
 def _(choices: Tensor, bounds: Tensor, first: Tensor, of_token: Tensor) -> tuple[Tensor, Tensor]:
     kv_heads, tokens, group, choose = choices.shape
-    places = 0
-    if choose:
-        places = kv_heads * len(first) * parts_of(tokens, kv_heads, group * choose, len(first))[0] + 1
-    entries, offsets = (choices.new_empty(size, dtype=torch.int32) for size in (choices.numel(), places))
+    parts = parts_of(tokens, kv_heads, group * choose, len(first))[0] if choose else 0
+    shape = (kv_heads, parts + 1, len(first)) if choose else (0,)
+    entries, offsets = (choices.new_empty(size, dtype=torch.int32) for size in (choices.numel(), shape))
     return entries, offsets
 
 
-def _lists(key: Tensor, first: Tensor, entries: Tensor, offsets: Tensor) -> Lists | None:
-    if not len(entries):
-        return None
-    (tokens, kv_heads, _), count = key.shape, len(first)
-    parts = len(offsets) // (kv_heads * count)
-    return Lists(entries, offsets, count, parts, triton.cdiv(tokens, parts))
+def _lists(key: Tensor, entries: Tensor, offsets: Tensor) -> Lists | None:
+    return Lists(entries, offsets, triton.cdiv(len(key), offsets.shape[1] - 1)) if len(entries) else None
 
 
 @torch.library.custom_op("moba_train::attend", mutates_args=())
@@ -93,7 +88,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """(out (T, H, D), log-sum-exp (K, T * G)) of attention to the listed blocks and the own one."""
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    blocks, lists = Blocks(bounds, first, of_token), _lists(key, first, entries, offsets)
+    blocks, lists = Blocks(bounds, first, of_token), _lists(key, entries, offsets)
     return keep(ATTENTION, lambda: launch.attend(query, key, value, blocks, lists, block_size, scale))
 
 
@@ -134,7 +129,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dQ, dK, dV)."""
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    blocks, lists = Blocks(bounds, first, of_token), _lists(key, first, entries, offsets)
+    blocks, lists = Blocks(bounds, first, of_token), _lists(key, entries, offsets)
     return launch.attend_backward(d_out.contiguous(), query, key, value, out, lse, blocks, lists, block_size, scale)
 
 

@@ -1,14 +1,19 @@
 """Choices (by query) turned into lists of entries (by block), by counting, a prefix sum and a scatter.
 
-The tokens are cut into P parts that are routed side by side; a program owns one part of one kv head. First it counts
-how often each block is chosen. The prefix sum over (kv head, block, part), in that order, says where each part's
-entries of each block go. Then the program walks through its entries ROUTE_ENTRIES at a time: an entry's rank among the
-equal ones before it in the tile is found by comparing all pairs, and its place is the block's cursor plus that rank;
-the last of its kind moves the cursor on. So a list holds its entries in ascending order whatever runs first: the order
-in which dK and dV are summed, and their bits, never change. (The counts are made by integer atomics, whose sum has no
-order.)
+The tokens are cut into P parts that are routed side by side.
 
-Work: ROUTE_ENTRIES comparisons an entry. Bytes: choices read twice, 4 bytes written an entry, and cursors from L2.
+rank     a program owns one part of one kv head and N counters, which only it touches. It walks through its entries
+         RANK_ENTRIES at a time: an entry's rank among the part's entries of its block is the block's counter plus the
+         number of equal entries before it in the tile, found by comparing all pairs; the last of its kind moves the
+         counter on. Work: RANK_ENTRIES comparisons an entry. Bytes: choices read, ranks of 2 bytes written.
+place    the prefix sums of the counters over (block, part) of a kv head: where each part's entries of each block go.
+         A program owns some blocks of all parts; ``total`` has counted the entries of the blocks before them.
+scatter  an entry's place is its part's and block's plus its rank. Entries know their places without waiting for each
+         other, and programs run in the order of the kv heads: those whose lists are being written fit the L2, which
+         the 4 bytes of an entry would otherwise leave as a sector of 32. Bytes: choices and ranks read, 4 written.
+
+So a list holds its entries in ascending order whatever runs first: the order in which dK and dV are summed, and their
+bits, never change.
 """
 
 from __future__ import annotations
@@ -23,11 +28,16 @@ from torch import Tensor
 from moba_train.attention.blocks import Blocks
 from moba_train.attention.kernels.rows import NUMBERS
 
-COUNT_ENTRIES = 1024
-ROUTE_ENTRIES = 64
-ROUTE_WARPS = 1
-ROUTE_PROGRAMS = 4096  # enough to fill a GPU with walks that mostly wait
-MOST_CURSORS = 1 << 24  # 64 MiB
+RANK_ENTRIES = 32
+RANK_PROGRAMS = 3072  # enough to fill a GPU with walks of one warp
+PART_ENTRIES = 512  # at least, of a walk
+MOST_COUNTERS = 1 << 23  # 16 MiB, 128 KiB a multiprocessor: a walk's stay in L1
+PLACE_BLOCKS = 32
+PLACE_PARTS = 128
+PLACE_TOTALS = 1024
+PLACE_WARPS = 8
+SCATTER_ENTRIES = 2048
+SHORT_RANKS = 1 << 16  # ranks below it take 2 bytes
 
 
 @dataclass(frozen=True)
@@ -35,25 +45,31 @@ class Lists:
     """Who chose each block, for some kv heads.
 
     Attributes:
-        entries: (K * W * R,) int32; the entries e = w * R + r of each kv head, by (kv head, block), ascending.
-        offsets: (kv_heads * N * P + 1,) int32; the list of kv head k and block n starts at ``offsets[(k * N + n) * P]``
-            and the part of it whose queries lie in part p at ``offsets[(k * N + n) * P + p]``. Each list ends where
-            the next one starts.
-        blocks: N.
-        parts: P.
+        entries: (K * W * R,) int32; the entries e = w * R + r of each kv head, by (kv head, block), ascending. Those of
+            kv head k start at k * W * R; where queries chose fewer than R blocks, the rest of its room stays unwritten.
+        offsets: (kv_heads, P + 1, N) int32; the list of kv head k and block n is ``entries[offsets[k, 0, n] :
+            offsets[k, P, n]]``, and the part of it whose queries lie in part p ``[offsets[k, p, n] :
+            offsets[k, p + 1, n]]``.
         part_tokens: tokens of a part.
     """
 
     entries: Tensor
     offsets: Tensor
-    blocks: int
-    parts: int
     part_tokens: int
+
+    @property
+    def blocks(self) -> int:
+        """N."""
+        return self.offsets.shape[2]
+
+    @property
+    def parts(self) -> int:
+        """P."""
+        return self.offsets.shape[1] - 1
 
     def of(self, kv_start: int, kv_heads: int) -> Lists:
         """The lists of some kv heads."""
-        step = self.blocks * self.parts
-        return replace(self, offsets=self.offsets[kv_start * step : (kv_start + kv_heads) * step + 1])
+        return replace(self, offsets=self.offsets[kv_start : kv_start + kv_heads])
 
 
 def parts_of(tokens: int, kv_heads: int, per_token: int, blocks: int) -> tuple[int, int]:
@@ -64,9 +80,9 @@ def parts_of(tokens: int, kv_heads: int, per_token: int, blocks: int) -> tuple[i
         blocks: N.
     """
     parts = min(
-        triton.cdiv(ROUTE_PROGRAMS, kv_heads),
-        triton.cdiv(tokens * per_token, COUNT_ENTRIES),
-        max(1, MOST_CURSORS // (kv_heads * blocks)),
+        triton.cdiv(RANK_PROGRAMS, kv_heads),
+        triton.cdiv(tokens * per_token, PART_ENTRIES),
+        max(1, MOST_COUNTERS // (kv_heads * blocks)),
     )
     part_tokens = triton.cdiv(tokens, parts)
     return triton.cdiv(tokens, part_tokens), part_tokens
@@ -83,11 +99,12 @@ def _load_blocks(p_choice, p_first, p_of_token, o_entry, n_stop, GR: tl.constexp
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def _count_kernel(
+def _rank_kernel(
     p_choice,
     p_first,
     p_of_token,
     p_count,
+    p_rank,
     W,
     N,
     P,
@@ -96,37 +113,16 @@ def _count_kernel(
     GR: tl.constexpr,
     NONE: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     i_part, i_kv = tl.program_id(0), tl.program_id(1)
     p_choice += i_kv.to(tl.int64) * W * R
-    p_count += i_kv.to(tl.int64) * N * P + i_part
-    n_stop = tl.minimum((i_part + 1) * n_part, W * R)
-    for n_entry in range(i_part * n_part, n_stop, BLOCK_E):
-        # (BLOCK_E,)
-        o_entry = n_entry + tl.arange(0, BLOCK_E)
-        b_block = _load_blocks(p_choice, p_first, p_of_token, o_entry, n_stop, GR, NONE)
-        tl.atomic_add(p_count + b_block.to(tl.int64) * P, 1, mask=b_block >= 0, sem="relaxed")
-
-
-@triton.jit(do_not_specialize=NUMBERS)
-def _scatter_kernel(
-    p_choice,
-    p_first,
-    p_of_token,
-    p_cursor,
-    p_entry,
-    W,
-    N,
-    P,
-    n_part,
-    R: tl.constexpr,
-    GR: tl.constexpr,
-    NONE: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    i_part, i_kv = tl.program_id(0), tl.program_id(1)
-    p_choice += i_kv.to(tl.int64) * W * R
-    p_cursor += i_kv.to(tl.int64) * N * P + i_part
+    p_rank += i_kv.to(tl.int64) * W * R
+    p_count += (i_kv.to(tl.int64) * P + i_part) * N
+    o_block = tl.arange(0, BLOCK_N)
+    for n_block in range(0, N, BLOCK_N):
+        tl.store(p_count + n_block + o_block, tl.zeros([BLOCK_N], tl.int32), mask=n_block + o_block < N)
+    tl.debug_barrier()
     n_stop = tl.minimum((i_part + 1) * n_part, W * R)
     o_place = tl.arange(0, BLOCK_E)
     # (BLOCK_E,)
@@ -136,24 +132,95 @@ def _scatter_kernel(
         # The next tile's blocks, on their way while this one's are ranked.
         b_ahead = _load_blocks(p_choice, p_first, p_of_token, o_entry + BLOCK_E, n_stop, GR, NONE)
         # Equal entries before this one in the low half, itself and those after it in the high half.
-        b_weight = tl.where(o_place[None, :] < o_place[:, None], 1, 1 << 16)
-        b_equal = tl.sum(tl.where(b_block[:, None] == b_block[None, :], b_weight, 0), 1)
-        b_rank = b_equal & 0xFFFF
-        p_own = p_cursor + b_block.to(tl.int64) * P
-        # Other threads of this program moved the cursors in the tile before: read them from L2, between barriers.
-        b_cursor = tl.load(p_own, mask=b_block >= 0, other=0, volatile=True)
+        b_weight = tl.where(o_place[:, None] < o_place[None, :], 1, 1 << 16)
+        b_equal = tl.sum(tl.where(b_block[:, None] == b_block[None, :], b_weight, 0), 0)
+        # Threads of this program moved the counters in the tile before, and will below: barriers keep them apart.
+        b_rank = (b_equal & 0xFFFF) + tl.load(p_count + b_block, mask=b_block >= 0, other=0).to(tl.int32)
         tl.debug_barrier()
-        tl.store(p_entry + b_cursor + b_rank, o_entry, mask=b_block >= 0)
-        tl.store(p_own, b_cursor + b_rank + 1, mask=(b_block >= 0) & (b_equal >> 16 == 1))
+        tl.store(p_rank + o_entry, b_rank, mask=o_entry < n_stop)
+        tl.store(p_count + b_block, b_rank + 1, mask=(b_block >= 0) & (b_equal >> 16 == 1))
         tl.debug_barrier()
         b_block = b_ahead
+
+
+@triton.jit
+def _load_counts(p_count, n_part, o_block, N, P, BLOCK_P: tl.constexpr):
+    """(BLOCK_P, blocks) counters of a kv head from part n_part on, and their offsets and mask."""
+    o_part = n_part + tl.arange(0, BLOCK_P)
+    o_count = o_part[:, None] * N + o_block[None, :]
+    m_count = (o_part < P)[:, None] & (o_block < N)[None, :]
+    return tl.load(p_count + o_count, mask=m_count, other=0).to(tl.int32), o_count, m_count
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def _total_kernel(p_count, p_total, N, P, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+    i_kv = tl.program_id(1).to(tl.int64)
+    o_block = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b_total = tl.zeros([BLOCK_N], tl.int32)
+    for n_part in range(0, P, BLOCK_P):
+        b_count, _, _ = _load_counts(p_count + i_kv * P * N, n_part, o_block, N, P, BLOCK_P)
+        b_total += tl.sum(b_count, 0)
+    tl.store(p_total + i_kv * N + o_block, b_total, mask=o_block < N)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def _place_kernel(
+    p_count, p_total, p_offset, W, N, P, R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    n_block, i_kv = tl.program_id(0) * BLOCK_N, tl.program_id(1).to(tl.int64)
+    p_total += i_kv * N
+    p_offset += i_kv * (P + 1) * N
+    b_earlier = tl.zeros([BLOCK_T], tl.int32)
+    for n_earlier in range(0, n_block, BLOCK_T):
+        o_earlier = n_earlier + tl.arange(0, BLOCK_T)
+        b_earlier += tl.load(p_total + o_earlier, mask=o_earlier < n_block, other=0)
+    o_block = n_block + tl.arange(0, BLOCK_N)
+    b_total = tl.load(p_total + o_block, mask=o_block < N, other=0)
+    b_offset = (i_kv * W * R).to(tl.int32) + tl.sum(b_earlier, 0) + tl.cumsum(b_total, 0) - b_total
+    for n_part in range(0, P, BLOCK_P):
+        b_count, o_count, m_count = _load_counts(p_count + i_kv * P * N, n_part, o_block, N, P, BLOCK_P)
+        tl.store(p_offset + o_count, b_offset[None, :] + tl.cumsum(b_count, 0) - b_count, mask=m_count)
+        b_offset += tl.sum(b_count, 0)
+    tl.store(p_offset + P.to(tl.int64) * N + o_block, b_offset, mask=o_block < N)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def _scatter_kernel(
+    p_choice,
+    p_first,
+    p_of_token,
+    p_offset,
+    p_rank,
+    p_entry,
+    W,
+    N,
+    P,
+    n_part,
+    n_tiles,
+    R: tl.constexpr,
+    GR: tl.constexpr,
+    NONE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    i_part, i_kv = tl.program_id(0) // n_tiles, tl.program_id(1)
+    p_choice += i_kv.to(tl.int64) * W * R
+    p_rank += i_kv.to(tl.int64) * W * R
+    p_offset += (i_kv.to(tl.int64) * (P + 1) + i_part) * N
+    n_stop = tl.minimum((i_part + 1) * n_part, W * R)
+    # (BLOCK_E,)
+    o_entry = i_part * n_part + tl.program_id(0) % n_tiles * BLOCK_E + tl.arange(0, BLOCK_E)
+    b_rank = tl.load(p_rank + o_entry, mask=o_entry < n_stop, other=0).to(tl.int32)
+    b_block = _load_blocks(p_choice, p_first, p_of_token, o_entry, n_stop, GR, NONE)
+    b_offset = tl.load(p_offset + b_block, mask=b_block >= 0, other=0)
+    tl.store(p_entry + b_offset + b_rank, o_entry, mask=b_block >= 0)
 
 
 def route(choices: Tensor, blocks: Blocks) -> Lists:
     """Make the lists.
 
     Args:
-        choices: (K, T, G, R), contiguous, as ``select`` gives them.
+        choices: (K, T, G, R), contiguous, as ``select`` gives them: a query names a block once.
         blocks: of the segments.
     """
     kv_heads, tokens, group, choose = choices.shape
@@ -161,51 +228,24 @@ def route(choices: Tensor, blocks: Blocks) -> Lists:
     per_token = group * choose
     parts, part_tokens = parts_of(tokens, kv_heads, per_token, count)
     sizes = dict(R=choose, GR=per_token, NONE=torch.iinfo(choices.dtype).max)
-    arguments = (tokens * group, count, parts, part_tokens * per_token)
+    numbers = (tokens * group, count, parts, part_tokens * per_token)
+    named = (choices, blocks.first, blocks.of_token)
 
-    counts = torch.zeros(kv_heads * count * parts, dtype=torch.int32, device=device)
-    _count_kernel[(parts, kv_heads)](
-        choices, blocks.first, blocks.of_token, counts, *arguments, **sizes, BLOCK_E=COUNT_ENTRIES
+    rank_type = torch.uint16 if part_tokens * group < SHORT_RANKS else torch.int32
+    counts = torch.empty(kv_heads, parts, count, dtype=rank_type, device=device)
+    ranks = torch.empty(kv_heads, tokens * per_token, dtype=rank_type, device=device)
+    _rank_kernel[(parts, kv_heads)](
+        *named, counts, ranks, *numbers, **sizes, BLOCK_E=RANK_ENTRIES, BLOCK_N=256, num_warps=1
     )
-    offsets = torch.zeros(len(counts) + 1, dtype=torch.int32, device=device)
-    torch.cumsum(counts, 0, dtype=torch.int32, out=offsets[1:])
+    offsets = torch.empty(kv_heads, parts + 1, count, dtype=torch.int32, device=device)
+    totals = torch.empty(kv_heads, count, dtype=torch.int32, device=device)
+    columns = dict(BLOCK_N=PLACE_BLOCKS, BLOCK_P=PLACE_PARTS, num_warps=PLACE_WARPS)
+    grid = (triton.cdiv(count, PLACE_BLOCKS), kv_heads)
+    _total_kernel[grid](counts, totals, count, parts, **columns)
+    _place_kernel[grid](counts, totals, offsets, *numbers[:3], R=choose, BLOCK_T=PLACE_TOTALS, **columns)
     entries = torch.empty(kv_heads * tokens * per_token, dtype=torch.int32, device=device)
-    cursors = offsets[:-1].clone()
-    _scatter_kernel[(parts, kv_heads)](
-        choices,
-        blocks.first,
-        blocks.of_token,
-        cursors,
-        entries,
-        *arguments,
-        **sizes,
-        BLOCK_E=ROUTE_ENTRIES,
-        num_warps=ROUTE_WARPS,
+    tiles = triton.cdiv(part_tokens * per_token, SCATTER_ENTRIES)
+    _scatter_kernel[(parts * tiles, kv_heads)](
+        *named, offsets, ranks, entries, *numbers, tiles, **sizes, BLOCK_E=SCATTER_ENTRIES
     )
-    return Lists(entries=entries, offsets=offsets, blocks=count, parts=parts, part_tokens=part_tokens)
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Lists cut into tiles of ``rows`` entries, for the queries of some parts.
-
-    Attributes:
-        of_list: (kv_heads * N + 1,) int32; the tiles of list i are ``of_list[i]:of_list[i + 1]``.
-        lists: (most,) int32; the list of each tile, kv_heads * N past the last one. ``most`` is a bound that holds
-            whatever was chosen, so nothing is read back to the host.
-    """
-
-    of_list: Tensor
-    lists: Tensor
-
-
-def tile(lists: Lists, kv_heads: int, part_start: int, part_stop: int, entries: int, rows: int) -> Tiles:
-    """Cut the parts ``part_start:part_stop`` of every list into tiles; they hold at most ``entries`` entries."""
-    bounds = lists.offsets[:-1].view(-1, lists.parts)
-    starts = bounds[:, part_start]
-    stops = lists.offsets[part_stop :: lists.parts][: len(starts)]
-    of_list = torch.zeros(len(starts) + 1, dtype=torch.int32, device=starts.device)
-    torch.cumsum((stops - starts + (rows - 1)) // rows, 0, dtype=torch.int32, out=of_list[1:])
-    most = triton.cdiv(entries, rows) + len(starts)
-    index = torch.arange(most, dtype=torch.int32, device=starts.device)
-    return Tiles(of_list=of_list, lists=torch.searchsorted(of_list[1:], index, right=True, out_int32=True))
+    return Lists(entries, offsets, part_tokens)

@@ -10,8 +10,8 @@ LOG2_E = 1.4426950408889634
 
 # Arguments whose value must not start another compilation: tensor sizes and places in the workspace.
 NUMBERS = (
-    "T", "W", "N", "K", "P", "LISTS", "n_part", "n_parts", "n_kv", "n_rows", "n_entries", "i_part", "i_kv_start",
-    "i_row_start", "i_entry_start",
+    "T", "W", "N", "K", "P", "LISTS", "n_part", "n_parts", "n_kv", "n_rows", "n_tiles", "n_entries", "i_part",
+    "i_kv_start", "i_row_start", "i_entry_start",
 )  # fmt: skip
 
 

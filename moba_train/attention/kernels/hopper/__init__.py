@@ -1,6 +1,7 @@
 """The kernels that do most of the arithmetic, for Hopper, in Gluon: loads, products and exponentials side by side.
 
 forward     ``routed_forward``, for blocks of several key tiles
+resident    ``resident_forward``, for blocks of one key tile
 query       ``routed_query``
 key_value   ``key_value``, with and without the entries' dQ
 shared      what they share
@@ -8,6 +9,6 @@ shared      what they share
 Each has the tiles, the sums and the order of sums of the Triton kernel that it is named after, and takes its arguments.
 """
 
-from moba_train.attention.kernels.hopper import forward, key_value, query
+from moba_train.attention.kernels.hopper import forward, key_value, query, resident
 
-__all__ = ["forward", "key_value", "query"]
+__all__ = ["forward", "key_value", "query", "resident"]

@@ -9,6 +9,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Renamed in Triton 3.9.
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 gather = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 HALF: gl.constexpr = gl.constexpr(64)  # rows, or keys, of a warpgroup; a program has two
@@ -50,14 +51,21 @@ def load_tiles(
 
 
 @gluon.jit
+def part_bounds(p_offsets, i_list, N, P, i_part, n_parts):
+    """Where the entries of some parts of list i_list start and stop."""
+    p_start = p_offsets + ((i_list // N).to(gl.int64) * (P + 1) + i_part) * N + i_list % N
+    return gl.load(p_start), gl.load(p_start + n_parts.to(gl.int64) * N)
+
+
+@gluon.jit
 def find_tile(p_lists, p_of_list, p_offsets, p_bounds, LISTS, N, P, i_part, n_parts):
     """This program's list, where its entries start and stop, and its block's first token. List LISTS: nothing to do."""
     i_list = gl.load(p_lists + gl.program_id(0))
     n_start, n_stop, n_token = i_list * 0, i_list * 0, i_list * 0
     if i_list < LISTS:
         i_tile = gl.program_id(0) - gl.load(p_of_list + i_list)
-        n_start = gl.load(p_offsets + i_list.to(gl.int64) * P + i_part) + i_tile * (2 * HALF)
-        n_stop = gl.load(p_offsets + i_list.to(gl.int64) * P + i_part + n_parts)
+        n_start, n_stop = part_bounds(p_offsets, i_list, N, P, i_part, n_parts)
+        n_start += i_tile * (2 * HALF)
         n_token = gl.load(p_bounds + i_list % N)
     return i_list, n_start, n_stop, n_token
 
@@ -70,9 +78,15 @@ def load_entries(p_entries, n_start, n_stop, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def row_starts(o_row, i_kv, K, G: gl.constexpr, D: gl.constexpr):
+    """Where rows of kv head i_kv start in a (T, H, D) tensor."""
+    return ((o_row // G).to(gl.int64) * K * G + i_kv * G + o_row % G) * D
+
+
+@gluon.jit
 def load_rows(p_base, o_row, i_kv, s_rows, K, G: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr):
     """Bring rows (HALF, D) of a (T, H, D) tensor into shared memory."""
-    o_start = ((o_row // G).to(gl.int64) * K * G + i_kv * G + o_row % G) * D
+    o_start = row_starts(o_row, i_kv, K, G, D)
     o_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))
     s_rows.store(gl.load(p_base + o_start[:, None] + o_d[None, :]))
 
