@@ -106,7 +106,6 @@ def resident_forward_kernel(
     i_kv_start,
     i_entry_start,
     n_entries,
-    n_kv,
     N,
     P,
     i_part,
@@ -120,9 +119,10 @@ def resident_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # Over all kv heads first: a segment's early blocks have the longest lists, and the longest work starts first.
-    i_part_kv = tl.program_id(0) % n_kv
-    i_block = tl.program_id(0) // n_kv
+    # One kv head after the other: what its entries read and write stays in L2 as far as it fits. A segment's early
+    # blocks have the longest lists, and start first.
+    i_part_kv = tl.program_id(0) // N
+    i_block = tl.program_id(0) % N
     i_kv = i_kv_start + i_part_kv
     n_start, n_stop = part_bounds(p_offsets, i_part_kv * N + i_block, N, P, i_part, n_parts)
     if n_start >= n_stop:

@@ -79,19 +79,18 @@ def attend(
         partial = torch.empty(kv_heads * entries, sizes.head_dim, dtype=query.dtype, device=query.device)
         partial_lse = torch.empty(kv_heads * entries, dtype=torch.float32, device=query.device)
         results = (partial, partial_lse, scale * LOG2_E, kv_start, chunk.row_start * sizes.choose, entries)
-        if "resident" in config and (tuned := _tuned(hopper and hopper.resident, sizes)) is not None:
-            count = len(blocks.first)
-            arguments = (
+        if "resident" in config:
+            count, tuned = len(blocks.first), _tuned(hopper and hopper.resident, sizes)
+            listed = (
                 blocks.bounds, lists.offsets, lists.entries, *results, count, lists.parts, chunk.part_start,
                 chunk.part_stop - chunk.part_start, sizes.kv_heads,
             )  # fmt: skip
-            tuned.launch(query, key, value, *arguments, programs=count * kv_heads, sizes=sizes)
-        elif "resident" in config:
-            forward.resident_forward_kernel[(len(blocks.first) * kv_heads,)](
-                query, key, value, blocks.bounds, lists.offsets, lists.entries, *results, kv_heads, len(blocks.first),
-                lists.parts, chunk.part_start, chunk.part_stop - chunk.part_start, sizes.kv_heads, B=block_size,
-                **sizes.constants(), **config["resident"].arguments(),
-            )  # fmt: skip
+            if tuned is not None:
+                tuned.launch(query, key, value, *listed, programs=count * kv_heads, sizes=sizes)
+            else:
+                forward.resident_forward_kernel[(count * kv_heads,)](
+                    query, key, value, *listed, B=block_size, **sizes.constants(), **config["resident"].arguments()
+                )
         elif (tuned := _tuned(hopper and hopper.forward, sizes)) is not None:
             found, numbers = _tiles(lists, kv_heads, chunk, entries, tuned.TILING, sizes, blocks)
             arguments = (blocks.bounds, *found, *results, *numbers)
