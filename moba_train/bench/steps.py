@@ -17,7 +17,14 @@ from moba_train.cost import gate_scores, moba_keys
 KERNELS = {  # step -> how the names of its kernels start
     "pool": ("_pool_kernel",),
     "select": ("_select_kernel",),
-    "route": ("_rank_kernel", "_total_kernel", "_place_kernel", "_scatter_kernel"),
+    "route": (
+        "_rank_kernel",
+        "_total_kernel",
+        "_place_kernel",
+        "_scatter_kernel",
+        "_tile_lists_kernel",
+        "_find_lists_kernel",
+    ),
     "forward": ("routed_forward_", "resident_forward_"),
     "local + merge": ("merge_kernel",),
     "backward: row dot": ("row_dot_kernel",),

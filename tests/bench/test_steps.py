@@ -66,7 +66,7 @@ def test_no_choices_no_gate() -> None:
 def test_times_go_to_their_steps() -> None:
     work = must_do(CASES["c32k"], 1)
     times = {
-        "_count_kernel": 1.0,
+        "_rank_kernel": 1.0,
         "_scatter_kernel": 2.0,
         "merge_kernel": 3.0,
         "merge_query_kernel": 4.0,
