@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from moba_train.attention import backends
 from moba_train.attention.key_conv import KeyConvolution
-from moba_train.attention.spec import AttentionSpec, check_bounds, check_inputs
+from moba_train.attention.spec import AttentionSpec, check_bounds, check_inputs, check_scale
 
 NAME = "moba"
 
@@ -140,6 +140,7 @@ def attention_forward(
     q, k, v = (x.transpose(1, 2).reshape(batch * length, x.shape[1], head_dim) for x in (query, key, value))
     _check_segments(q, k, v, cu_seq_lens_q, max_length_q)
     scale = head_dim**-0.5 if scaling is None else scaling
+    check_scale(scale)
     attend = backends.resolve(module.attention_backend, q, k, spec)  # type: ignore[arg-type]
     output = attend(q, k, v, cu_seq_lens_q, max_length_q, spec, scale)
     return output.view(batch, length, heads, head_dim), None
@@ -185,11 +186,16 @@ def refuse_masks(
             "attention_mask has zeros, which the moba attention cannot honour: leave the mask out and make padding "
             "a segment of its own (position_ids that restart, or cu_seq_lens_q)"
         )
-    if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+    if (window := sliding_window(config)) is not None:
         raise ValueError(
-            f"sliding_window={config.sliding_window} of {config.model_type} is not part of moba or full attention: "
+            f"sliding_window={window} of {config.model_type} is not part of moba or full attention: "
             f"set model.config.sliding_window = None if the model is to read its whole context"
         )
+
+
+def sliding_window(config: Any) -> int | None:
+    """The window of a model's configuration. Qwen's names one beside ``use_sliding_window=False``."""
+    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
 
 
 def _refuse_unsupported(

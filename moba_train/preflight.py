@@ -18,6 +18,7 @@ from moba_train.config import Config, Device, LaunchConfig, LaunchKind, Resume
 from moba_train.data.mix import build_mix, check_mix, stage_mix
 from moba_train.data.store import TokenStore
 from moba_train.data.tokenizer import load_tokenizer
+from moba_train.hf_attention import sliding_window
 from moba_train.loss import refuse_changed_logits
 from moba_train.metrics_file import read_rows
 from moba_train.model import key_conv_width, model_configuration, tokenizer_path
@@ -71,9 +72,9 @@ def check_model(config: Config, schedule: Schedule) -> None:
         _check_sliced_rope(config, parameters, f"stage {stage.name}")
         settings, key = stage_mix(config, stage.index)
         check_mix(settings, [source.name for source in config.data.train], key)
-    if getattr(model, "sliding_window", None) is not None and getattr(model, "use_sliding_window", True):
+    if (window := sliding_window(model)) is not None:
         raise ValueError(
-            f"{config.model.name} has sliding_window={model.sliding_window}, which moba and full do not compute: "
+            f"{config.model.name} has sliding_window={window}, which moba and full do not compute: "
             f"set sliding_window to null in its config.json if it is to read its whole context"
         )
     tokenizer = load_tokenizer(tokenizer_path(config.model))

@@ -60,6 +60,7 @@ def to_config(composed: DictConfig) -> Config:
         for index, stage in enumerate(OmegaConf.select(plain, "schedule.stages") or []):
             _check_stage(index, stage)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+        OmegaConf.structured(config)  # which alone checks the entries of lists of plain values
     except OmegaConfBaseException as error:
         raise ValueError(describe(error)) from None
     assert isinstance(config, Config)

@@ -72,6 +72,8 @@ UNCOMPOSED = {
     "typo in a stage": (["schedule.stages=[{nam: x}]"], ["schedule.stages", "nam"]),
     "wrong type": (["attention.block_size=abc"], ["attention.block_size", "abc", "Integer"]),
     "wrong type in a stage": (["schedule.stages=[{tokens: abc}]"], ["schedule.stages", "tokens", "abc"]),
+    "wrong type in a list": (["wandb.tags=[{a: 1}]"], ["tags[0]", "dict"]),
+    "a new key of a table": (["data.mix.weights={books: 1}"], ["data.mix.weights", "books", "+data.mix.weights=…"]),
     "unknown choice": (["attention.kind=mobba"], ["attention.kind", "mobba", "full, moba"]),
     "unknown experiment": (["experiment=hybrid"], ["experiment/hybrid", "hybrid_90_10", "full_only"]),
     "unknown model": (["model=llama_900b"], ["model/llama_900b", "books_base"]),
@@ -212,7 +214,10 @@ def test_other_verbs(refused) -> None:
     assert "/nope" in refused("run=/nope", verb="report")
     assert "'run' is not key=value" in refused("run", verb="report")
     assert refused("tokens=[64", verb="bench") == "tokens=[64 cannot be read: close its brackets and quotes"
-    assert "ru" in refused("ru=x", verb="report")
+    assert refused("tokens=abc", verb="bench").startswith("tokens[0]: Value 'abc' of type 'str' could not be converted")
+    assert refused("heads=[1,2]", verb="bench").startswith("heads: Value '[1, 2]' of type 'ListConfig' could not be")
+    assert refused("device=gpu", verb="bench").startswith("device: Invalid value 'gpu', expected one of [auto, cpu,")
+    assert refused("ru=x", verb="report") == "ru is unknown: choose from run, out"
     assert "model=llama" in refused("model=llama", verb="fetch")
     assert "attention.blok" in refused("attention.blok=1", verb="prepare")
 

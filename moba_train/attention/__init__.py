@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moba_train.attention.backends import BACKENDS, resolve
-from moba_train.attention.spec import AttentionSpec, check_bounds, check_inputs
+from moba_train.attention.spec import AttentionSpec, check_bounds, check_inputs, check_scale
 
 __all__ = ["BACKENDS", "AttentionSpec", "full_attention", "moba_attention", "resolve"]
 
@@ -39,14 +39,14 @@ def moba_attention(
             ``top_k * block_size >= length`` of the longest segment the result is exactly dense causal attention.
         cu_seqlens: (segments + 1,) int32, on query's device: segment i is the tokens
             ``cu_seqlens[i]:cu_seqlens[i + 1]``; equal neighbours are an empty segment. None: one segment.
-        scale: of the attention logits; None is head_dim ** -0.5.
+        scale: of the attention logits, above 0; None is head_dim ** -0.5.
         backend: a key of ``BACKENDS``, or ``auto``.
 
     Returns:
         (tokens, heads, head_dim) in query's type.
 
     Raises:
-        ValueError: tensors, bounds, sizes or a backend that do not fit; the message names what and which values.
+        ValueError: tensors, bounds, sizes, scale or a backend that do not fit; the message names what and which values.
     """
     spec = AttentionSpec("moba", block_size, top_k)
     return _attend(query, key, value, cu_seqlens, spec, scale, backend)
@@ -77,8 +77,8 @@ def _attend(
     if cu_seqlens is None:
         cu_seqlens = torch.tensor([0, query.shape[0]], dtype=torch.int32, device=query.device)
     check_inputs(query, key, value, cu_seqlens)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    check_scale(scale)
     max_seqlen = check_bounds(cu_seqlens, query.shape[0])
     function = resolve(backend, query, key, spec)
-    return function(
-        query, key, value, cu_seqlens, max_seqlen, spec, query.shape[-1] ** -0.5 if scale is None else scale
-    )
+    return function(query, key, value, cu_seqlens, max_seqlen, spec, scale)

@@ -6,6 +6,7 @@ share a key/value head, D head_dim, B block_size, N blocks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -81,6 +82,15 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) 
         raise ValueError(f"cu_seqlens has dtype {cu_seqlens.dtype}; give torch.int32")
     if cu_seqlens.device != query.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and query on {query.device}; move it there")
+
+
+def check_scale(scale: float) -> None:
+    """
+    Raises:
+        ValueError: the logits' scale is not a finite number above 0.
+    """
+    if not 0 < scale < math.inf:  # NaN is refused too
+        raise ValueError(f"scale is {scale}; give a finite number above 0, or None for head_dim ** -0.5")
 
 
 def check_bounds(cu_seqlens: Tensor, tokens: int) -> int:

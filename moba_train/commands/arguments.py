@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from dataclasses import fields
+from typing import Any, TypeVar
 
 from omegaconf import MissingMandatoryValue, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-T = TypeVar("T")
+from moba_train.resolved import describe
+
+T = TypeVar("T", bound=Any)
 
 
 def parse(schema: type[T], arguments: list[str], usage: str) -> T:
@@ -30,7 +33,10 @@ def parse(schema: type[T], arguments: list[str], usage: str) -> T:
     except MissingMandatoryValue as error:
         key = str(error).splitlines()[0].split(": ")[-1]
         raise ValueError(f"{key} is not given: moba-train {usage}") from None
+    except ConfigKeyError as error:
+        known = ", ".join(field.name for field in fields(schema))
+        raise ValueError(f"{error.full_key} is unknown: choose from {known}") from None
     except OmegaConfBaseException as error:
-        raise ValueError(f"{str(error).splitlines()[0]}: moba-train {usage}") from None
+        raise ValueError(f"{describe(error)}: moba-train {usage}") from None
     assert isinstance(values, schema)
     return values

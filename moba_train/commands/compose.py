@@ -132,13 +132,15 @@ def _one_line(error: Exception) -> str:
     """What, which value and the fix, of Hydra's several lines and those of the fault behind them."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     cause = [line.strip() for line in str(error.__cause__ or "").splitlines()]
-    if unknown := re.match(r"Could not override '(.+)'", lines[0]):
+    if (unknown := re.match(r"Could not override '(.+)'", lines[0])) and "is not in struct" in "".join(cause[:1]):
+        return f"{unknown[1]}: {cause[0]}; a leading + adds it: +{unknown[1]}=…"
+    if unknown:
         return f"{unknown[1]}: {_fault(cause) or 'no such key'}; `moba-train train --cfg job` prints every key"
     if "Available options in" in str(error):
         named = next(i for i, line in enumerate(lines) if line.startswith("Available options in"))
         options = [line for line in lines[named + 1 : _end_of_options(lines)] if not line.startswith("_")]
         return f"{lines[0]}: choose from {', '.join(options)}"
-    text = ": ".join(part for part in (lines[0], _fault(cause)) if part)
+    text = ": ".join(part for part in (lines[0], _fault(cause, lines[0])) if part)
     return f"{text}: give key=value" if isinstance(error, OverrideParseException) else text
 
 
@@ -146,10 +148,11 @@ def _end_of_options(lines: list[str]) -> int:
     return next((i for i, line in enumerate(lines) if line.startswith("Config search path")), len(lines))
 
 
-def _fault(lines: list[str]) -> str:
-    """The first line of OmegaConf's message, with the key it is about where the line does not say."""
+def _fault(lines: list[str], said: str = "") -> str:
+    """The first line of OmegaConf's message, with the key it is about where neither that nor what is ``said`` before
+    names it."""
     if not lines or not lines[0]:
         return ""
     keys = [line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")]
-    where = "" if not keys or keys[0].split(".")[-1] in lines[0] else f" ({keys[0]})"
+    where = "" if not keys or keys[0].split(".")[-1] in lines[0] or keys[0] in said else f" ({keys[0]})"
     return lines[0] + where

@@ -55,8 +55,10 @@ def tile_mlps(model: nn.Module, tile_tokens: int) -> None:
 def _forward(module: nn.Module, tile_tokens: int, hidden: Tensor) -> Tensor:
     layers = [getattr(module, name) for name in _MAPS]
     gated: Gated = getattr(module, "gated", None) or (lambda gate, up: module.act_fn(gate) * up)  # type: ignore[operator]
-    kept = _KeepInput.apply(hidden)
     weights = (*(layer.weight for layer in layers), *(layer.bias for layer in layers))
+    if not hidden.requires_grad and any(weight is not None and weight.requires_grad for weight in weights):
+        hidden = hidden.detach().requires_grad_()  # or nothing would keep it: what is before this layer is frozen
+    kept = _KeepInput.apply(hidden)
     return _Tiles.apply(kept, kept.grad_fn, tile_tokens, gated, *weights)
 
 

@@ -58,6 +58,17 @@ def test_moba_matches_the_reference(backend, case, device, dtype):
     compare(backend, case, case.spec, device, dtype)
 
 
+def test_triton_refuses_more_blocks_than_its_gate_keeps(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # in place of a GPU
+    query = torch.empty(1, 1, 1, dtype=torch.half).expand(1 << 16, 4, 64)
+    message = "top_k 2050 is 2049 earlier blocks a query, above 2048; use a larger block_size; choose another, or auto"
+    with pytest.raises(ValueError, match=message):
+        resolve("triton", query, query, AttentionSpec("moba", 16, 2050))
+    assert resolve("triton", query, query, AttentionSpec("moba", 16, 2049)) is BACKENDS["triton"].function
+    assert resolve("triton", query, query, AttentionSpec("moba", 64, 10**6)) is BACKENDS["triton"].function
+    assert resolve("auto", query, query, AttentionSpec("moba", 16, 2050)) is BACKENDS["varlen"].function
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_full_matches_the_reference(backend, case, device, dtype):
     compare(backend, case, FULL, device, dtype)

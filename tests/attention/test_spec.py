@@ -54,6 +54,16 @@ def test_wrong_tensors_are_refused_by_name_and_value(changed, message):
         full_attention(**arguments)
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", ["auto", "varlen", "reference"])
+def test_a_scale_that_is_no_number_above_0_is_refused(scale, backend):
+    message = f"scale is {scale}; give a finite number above 0"
+    with pytest.raises(ValueError, match=message):
+        moba_attention(**GOOD, block_size=4, top_k=2, scale=scale, backend=backend)
+    with pytest.raises(ValueError, match=message):
+        full_attention(**GOOD, scale=scale, backend=backend)
+
+
 def test_without_bounds_all_tokens_are_one_segment():
     query, key = torch.randn(20, 4, 8), torch.randn(20, 2, 8)
     one = moba_attention(query, key, key, block_size=4, top_k=2, cu_seqlens=torch.tensor([0, 20], dtype=torch.int32))

@@ -41,6 +41,23 @@ def test_tiles_equal_the_whole(tile: int, bias: bool) -> None:
         torch.testing.assert_close(tiled(hidden), module(hidden))
 
 
+@pytest.mark.parametrize("frozen", [(), ("gate_proj", "up_proj", "down_proj")], ids=["trained", "frozen"])
+def test_an_input_that_needs_no_gradient(frozen: tuple[str, ...]) -> None:
+    """As behind a frozen layer."""
+    module = llama_mlp(bias=False)
+    for name in frozen:
+        getattr(module, name).requires_grad_(False)
+    tiled = copy.deepcopy(module)
+    tile_mlps(tiled, 8)
+    hidden = torch.randn(1, 20, module.hidden_size)
+    assert tiled(hidden).requires_grad == module(hidden).requires_grad == (not frozen)
+    if not frozen:
+        grads = [torch.autograd.grad(one(hidden).square().sum(), list(one.parameters())) for one in (tiled, module)]
+        for got, want in zip(*grads, strict=True):
+            torch.testing.assert_close(got, want)
+    assert hidden.grad is None
+
+
 def test_weight_gradients_of_tiles_add_up_in_fp32() -> None:
     """4,096 tiles of one token: bf16 sums would stop growing at 256 equal steps."""
     module = llama_mlp(bias=False).to(torch.bfloat16)
