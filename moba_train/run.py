@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -22,6 +23,7 @@ from moba_train.data.tokens import prepare_store
 from moba_train.metrics import PositionLoss, Throughput, peak_flops
 from moba_train.model import DTYPES, load_model, tokenizer_path
 from moba_train.observe import OwnTime
+from moba_train.parallel.engine import loading_in_parts
 from moba_train.parallel.interruption import Interruption
 from moba_train.parallel.sequence import sequence_group, share_rows
 from moba_train.parallel.watchdog import Watchdog
@@ -80,7 +82,9 @@ def build(config: Config, folder: Path, runtime: Runtime) -> Run:
     """Load or resume everything a step needs. Reads; writes nothing but metrics.jsonl's cut to the resumed step."""
     seed_everything(config.run.seed)
     schedule = build_schedule(config)
-    model = load_model(config.model, config.train.precision, config.attention.key_conv)
+    given = config.model.path is not None and config.model.gguf_file is None  # random weights are the same at any stage
+    with loading_in_parts(config.train, runtime) if given else nullcontext():
+        model = load_model(config.model, config.train.precision, config.attention.key_conv)
     own_rope = dict(model.config.rope_parameters)
     engine = assemble(model, config, runtime)
     if runtime.sequence_parallel_size > 1:

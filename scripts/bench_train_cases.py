@@ -138,6 +138,6 @@ STATES = {  # each alone: where parameters, gradients and optimizer state are, a
     },
 }
 CASES += [
-    Case(f"states {name}".strip(), "llama3_1b", 32768, (moba(512, 3),), switches={**CHECKPOINTED, **switches}, steps=2)
+    Case(f"states {name}".strip(), "llama3_1b", 32768, (moba(512, 3),), switches={**CHECKPOINTED, **switches}, steps=4)
     for name, switches in STATES.items()
 ]

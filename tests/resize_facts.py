@@ -1,6 +1,6 @@
 """Runs that go on with other sizes: what a checkpoint held, what was made of it, and the steps that followed.
 
-    python resize_facts.py RESOLVED CASES FOLDER    # CASES: a JSON list of {"name", "train": {}, "source", "precision"}
+    python resize_facts.py RESOLVED CASES FOLDER    # CASES: a JSON list, as ``case`` of test_resize.py makes them
 
 A script for every rank. Each case is a run in FOLDER/<name>, from step 0 or from the step-2 checkpoint of ``source``,
 the name of an earlier case. Rank 0 writes FOLDER/<name>.pt.
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from moba_train import resolved, train, train_step
+from moba_train import run as parts
 from moba_train.config import Config, Precision, TrainConfig
 from moba_train.metrics_file import read_rows
 from moba_train.run import Run, build
@@ -58,9 +59,31 @@ def engine_state(engine) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in found.items()}
 
 
+def parameters(engine) -> dict[str, torch.Tensor]:
+    """Whole, as the model computes with them; all ranks call it."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        return {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+
+
+def watch_loading() -> list[int]:
+    """Fills with the numbers that this rank has of the model that is loaded next."""
+    load_model, numbers = parts.load_model, []
+
+    def watched(*arguments):
+        model = load_model(*arguments)
+        numbers.append(sum(getattr(each, "ds_tensor", each).numel() for each in model.parameters()))
+        parts.load_model = load_model
+        return model
+
+    parts.load_model = watched
+    return numbers
+
+
 def facts(run: Run) -> dict:
     """Train to the end, and watch."""
-    found: dict = {"begun": engine_state(run.engine) if run.step else None}
+    found: dict = {"begun": engine_state(run.engine) if run.step else None, "initial": parameters(run.engine)}
     rows: dict[int, list[torch.Tensor]] = {}
     save, model_inputs = train.save, train_step.model_inputs
 
@@ -93,6 +116,8 @@ def main(config: Config, cases: list[dict], folder: Path) -> None:
         changed = OmegaConf.merge(OmegaConf.structured(own.train), case["train"])
         own.train = cast(TrainConfig, OmegaConf.to_object(changed))
         own.train.precision = Precision[case.get("precision", "fp32")]
+        if case.get("path"):
+            own.model.path, own.model.architecture = case["path"], {}
         where = folder / case["name"]
         if runtime.is_main:
             where.mkdir()
@@ -101,8 +126,9 @@ def main(config: Config, cases: list[dict], folder: Path) -> None:
                 shutil.copytree(folder / case["source"] / kept, where / kept)
                 shutil.copy(folder / case["source"] / "metrics.jsonl", where)
         dist.barrier()
+        loaded = watch_loading()
         run = build(own, where, dataclasses.replace(runtime, sequence_parallel_size=own.train.sequence_parallel_size))
-        found = facts(run)
+        found = facts(run) | {"loaded": loaded[0]}
         if runtime.is_main:
             found["rows"] = [row for row in read_rows(where / "metrics.jsonl") if row["step"] > SAVED]
             torch.save(found, folder / f"{case['name']}.pt")

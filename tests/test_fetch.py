@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moba_train import fetch
 
 gguf = pytest.importorskip("gguf")
-pytest.importorskip("accelerate")
 
 
 def write_gguf(path: Path) -> None:

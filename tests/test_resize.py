@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from moba_train import resolved
-from moba_train.config import Config
+from moba_train.config import Config, Precision
 from moba_train.data.tokens import prepare_store
+from moba_train.model import load_model
 from tiny import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -90,6 +91,13 @@ STARTS: list[tuple[int, list[dict[str, Any]]]] = [
         ],
     ),
 ]
+# From a model folder, whose files no rank of ZeRO 3 holds whole, at 2 ranks each.
+LOADED = {
+    "plain": case(None, 2, 1) | {"name": "loaded"},
+    "in parts": case(None, 2, 3, mlp_tile_tokens=64, offload={"parameters": "cpu"}) | {"name": "loaded in parts"},
+    "in parts, in bf16": case(None, 2, 3, precision="bf16") | {"name": "loaded in parts, in bf16"},
+}
+STARTS[1][1].extend(LOADED.values())
 RESUMED = [one for _, cases in STARTS for one in cases if one["source"]]
 
 
@@ -106,6 +114,9 @@ def facts(tiny_config_module: Config, tmp_path_factory) -> Callable[[str], dict]
     (folder / resolved.FILE).write_text(resolved.to_yaml(config))
     prepare_store(config.data, str(config.model.tokenizer), progress=False)
     script = Path(__file__).with_name("resize_facts.py")
+    load_model(config.model, Precision.fp32).save_pretrained(folder / "model")
+    for one in LOADED.values():
+        one["path"] = str(folder / "model")
 
     for ranks, cases in STARTS:
         run_ranks([sys.executable, str(script), str(folder / resolved.FILE), json.dumps(cases), str(folder)], ranks)
@@ -124,6 +135,18 @@ def test_a_run_goes_on_with_other_sizes(facts: Callable[[str], dict], one: dict[
     rounding = 1e-6 if one["precision"] == "fp32" else 1e-2  # ranks add up gradients in bf16
     for expected, got in zip(losses(before), losses(after), strict=True):
         assert got == pytest.approx(expected, rel=rounding)
+
+
+def test_a_folder_loaded_in_parts_is_the_same_model(facts: Callable[[str], dict]) -> None:
+    plain, parts, rounded = (facts(one["name"]) for one in LOADED.values())
+    assert plain["initial"].keys() == parts["initial"].keys() == rounded["initial"].keys()
+    for name, value in plain["initial"].items():
+        assert torch.equal(parts["initial"][name], value), name
+        assert torch.equal(rounded["initial"][name], value.bfloat16()), name
+    # As they come from load_model: numbers on a rank of two.
+    assert parts["loaded"] == rounded["loaded"] < 0.6 * plain["loaded"]
+    for expected, got in zip(losses(plain), losses(parts), strict=True):
+        assert got == pytest.approx(expected, rel=1e-6)
 
 
 def losses(facts: dict) -> list[dict[str, float]]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,21 +25,44 @@ def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, train: Tra
     Returns:
         deepspeed.DeepSpeedEngine, accumulating nothing yet (``set_accumulation``).
     """
-    os.environ.setdefault("LOCAL_RANK", str(runtime.local_rank))
-    if runtime.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # the accelerator is chosen at import
-    import deepspeed.ops
-
+    deepspeed = _deepspeed(runtime)
     check_disk(train.offload)
-    # On CPUs DeepSpeed would compile a shared-memory collective for inference, and fail where there is no compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if train.zero_stage == 3 and (tiled := {type(part) for part in module.modules() if hasattr(part, "tiled")}):
         # A tiled MLP works with its three matrices itself: they are to be gathered with it, not one by one.
         deepspeed.utils.set_z3_leaf_modules(module, list(tiled))
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # a page of memory figures, with bf16
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config(train, runtime))
     return engine
+
+
+@contextmanager
+def loading_in_parts(train: TrainConfig, runtime: Runtime) -> Iterator[None]:
+    """While this is entered and ZeRO is at stage 3, transformers' ``from_pretrained`` leaves each rank its own share of
+    every parameter, on the runtime's device or where ``train.offload.parameters`` says."""
+    if train.zero_stage < 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    _deepspeed(runtime)
+    seen = HfDeepSpeedConfig(engine_config(train, runtime))  # transformers looks at it for as long as it is there
+    try:
+        yield
+    finally:
+        del seen
+
+
+def _deepspeed(runtime: Runtime) -> Any:
+    """The library, imported for the runtime's device."""
+    os.environ.setdefault("LOCAL_RANK", str(runtime.local_rank))
+    if runtime.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed  # the accelerator is chosen at import
+    import deepspeed.ops
+
+    # On CPUs DeepSpeed would compile a shared-memory collective for inference, and fail where there is no compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
 def check_disk(offload: OffloadConfig) -> None:
