@@ -47,6 +47,7 @@ from moba_train.model import load_model
 from moba_train.observe import OwnTime
 from moba_train.offload import HostMemory
 from moba_train.parallel.engine import set_accumulation
+from moba_train.parallel.lifetime import follow_parent
 from moba_train.run import Run
 from moba_train.runtime import Runtime, finish, seed_everything, start
 from moba_train.skipped import SkippedSteps
@@ -368,6 +369,7 @@ def apart(work: Callable, *arguments: Any) -> Any:
     receiver, sender = forked.Pipe(duplex=False)
 
     def child() -> None:
+        follow_parent()
         runtime = start(Config().launch)
         sender.send(work(*arguments, runtime))
         finish()

@@ -98,6 +98,7 @@ SWITCHES = {  # each alone, beside activation checkpointing
     "keep_attention": {"keep_attention": True},
     "mlp_tile_tokens=8192": {"mlp_tile_tokens": 8192},
     "offload.hidden_states": {"offload": {"hidden_states": True}},
+    "offload.moments": {"offload": {"moments": True}},
     "offload.optimizer=cpu": {"offload": {"optimizer": "cpu"}},
     "gradient_dtype=bf16": {"gradient_dtype": "bf16"},
     "fused_kernels=none": {"fused_kernels": "none"},

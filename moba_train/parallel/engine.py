@@ -6,6 +6,7 @@ from the step's tokens, so it changes with the stage, not with a setting.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -60,6 +61,7 @@ def _deepspeed(runtime: Runtime) -> Any:
     import deepspeed  # the accelerator is chosen at import
     import deepspeed.ops
 
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # again: its import has set it
     # On CPUs DeepSpeed would compile a shared-memory collective for inference, and fail where there is no compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
