@@ -58,6 +58,7 @@ def together(before: Estimate, config: Config) -> list[Switch]:
     steps: list[Switch] = []
     while not before.fits and len(steps) < _MOST_TOGETHER:
         offered = [switch for switch in switches(before, config) if not switch.settings.keys() & _CHANGE_RESULTS]
+        offered = [switch for switch in offered if switch.estimate.fits_host] or offered
         if not offered:
             break
         enough = [switch for switch in offered if switch.estimate.fits]

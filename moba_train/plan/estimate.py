@@ -48,8 +48,11 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        if self.needed > self.hardware.memory_gb * GB:
-            return False
+        return self.needed <= self.hardware.memory_gb * GB and self.fits_host
+
+    @property
+    def fits_host(self) -> bool:
+        """What is offloaded; so too where the host's memory is not known."""
         return self.hardware.host_memory_gb is None or self.host <= self.hardware.host_memory_gb * GB
 
     @property

@@ -9,7 +9,7 @@ from moba_train.model import planned_shape
 from moba_train.plan.advice import switches, together, with_settings
 from moba_train.plan.estimate import Estimate, estimate
 from moba_train.plan.hardware import PlanConfig, hardware
-from plan.cases import LLAMA_1B, recipe
+from plan.cases import LLAMA_1B, LLAMA_8B, recipe
 
 
 def predicted(config: Config, memory_gb: float) -> Estimate:
@@ -47,3 +47,16 @@ def test_nothing_is_advised_to_what_fits(config: Config) -> None:
 
 def test_what_no_switch_makes_fit(config: Config) -> None:
     assert not together(predicted(config, 2), config)[-1].estimate.fits
+
+
+def test_what_goes_to_the_host_must_fit_there(tiny_config: Config) -> None:
+    """One GPU: the whole optimizer on a host of 137 GB would be 160 GB, its moments are 64."""
+    config = recipe(LLAMA_8B | {"num_hidden_layers": 32}, 131072, zero_stage=3)
+    config.data = tiny_config.data
+    shape = planned_shape(config.model)
+    known, unknown = (
+        together(estimate(config, shape, hardware(PlanConfig(memory_gb=150, host_memory_gb=host))), config)
+        for host in (137, None)
+    )
+    assert "train.offload.optimizer=cpu" in [step.text for step in unknown]
+    assert known[0].text == "train.offload.moments=true" and known[-1].estimate.fits
