@@ -125,7 +125,7 @@ def test_twenty_repeats_change_no_bit(tiling):
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
-@pytest.mark.parametrize("tiling", [TILINGS[4], TILINGS[11], (3, 1, 128, 256, 4)], ids=str)
+@pytest.mark.parametrize("tiling", [TILINGS[2], TILINGS[4], TILINGS[11], (3, 1, 128, 256, 4)], ids=str)
 def test_triton_s_kernels_agree_with_those_for_hopper(tiling, monkeypatch):
     from moba_train.attention.kernels import launch
     from moba_train.attention.kernels.op import triton_attention
@@ -138,6 +138,22 @@ def test_triton_s_kernels_agree_with_those_for_hopper(tiling, monkeypatch):
     expected = attend(triton_attention, case, case.spec, tensors)
     for name, wanted in expected.items():
         assert (found[name].float() - wanted.float()).norm() / wanted.float().norm() < 1e-3, name
+
+
+@pytest.mark.parametrize("tiling", [TILINGS[2], TILINGS[4], TILINGS[11]], ids=str)
+def test_chunks_of_the_tokens_change_no_bit_of_the_output(tiling, monkeypatch):
+    from moba_train.attention.kernels import plan
+    from moba_train.attention.kernels.op import triton_attention
+
+    case = Case("chunks", (3000, 0, 77, 5051), *tiling)
+    tensors = case.tensors("cuda", torch.bfloat16)
+    whole = attend(triton_attention, case, case.spec, tensors)
+    monkeypatch.setattr(plan, "WORKSPACE_FLOOR", 0)
+    monkeypatch.setattr(plan, "WORKSPACE_SHARE", 0.01)
+    sizes = plan.Sizes(sum(case.lengths), tiling[1], tiling[0] // tiling[1], tiling[4] - 1, tiling[2], tiling[3])
+    heads, tokens = plan.chunk_size(sizes, 2)
+    assert heads == 1 and tokens < sizes.tokens / 2
+    assert torch.equal(attend(triton_attention, case, case.spec, tensors)["out"], whole["out"])
 
 
 @pytest.mark.parametrize("tiling", [TILINGS[4], TILINGS[11]], ids=str)

@@ -150,5 +150,6 @@ def resident_forward_kernel(
         b_out = tl.dot(b_weight.to(b_value.dtype), b_value)
         o_partial = i_part_kv.to(tl.int64) * n_entries + (o_entry - i_entry_start)
         store_rows(p_partial, o_partial * D, b_out / b_sum[:, None], m_row, D, BLOCK_D)
-        tl.store(p_partial_lse + o_partial, b_max + tl.log2(b_sum), mask=m_row)
+        # 4 bytes of a sector of 32: they stay in L2, as far as they fit, until it is whole.
+        tl.store(p_partial_lse + o_partial, b_max + tl.log2(b_sum), mask=m_row, eviction_policy="evict_last")
         o_entry = o_ahead

@@ -37,6 +37,7 @@ PLACE_PARTS = 128
 PLACE_TOTALS = 1024
 PLACE_WARPS = 8
 SCATTER_ENTRIES = 2048
+SCATTER_WARPS = 8
 SHORT_RANKS = 1 << 16  # ranks below it take 2 bytes
 
 
@@ -89,13 +90,17 @@ def parts_of(tokens: int, kv_heads: int, per_token: int, blocks: int) -> tuple[i
 
 
 @triton.jit
-def _load_blocks(p_choice, p_first, p_of_token, o_entry, n_stop, GR: tl.constexpr, NONE: tl.constexpr):
-    """The block of each entry, counted over all segments; -1 where it names none or lies past n_stop."""
+def _load_choices(p_choice, p_of_token, o_entry, n_stop, GR: tl.constexpr, NONE: tl.constexpr):
+    """Each entry's choice and own block; NONE past n_stop."""
     m_entry = o_entry < n_stop
-    b_choice = tl.load(p_choice + o_entry, mask=m_entry, other=NONE).to(tl.int32)
-    b_own = tl.load(p_of_token + o_entry // GR, mask=m_entry, other=0)
-    b_first = tl.load(p_first + b_own, mask=m_entry, other=0)
-    return tl.where(b_choice == NONE, -1, b_first + b_choice)
+    b_choice = tl.load(p_choice + o_entry, mask=m_entry, other=NONE)
+    return b_choice, tl.load(p_of_token + o_entry // GR, mask=m_entry, other=0)
+
+
+@triton.jit
+def _named_blocks(p_first, b_choice, b_own, NONE: tl.constexpr):
+    """The block that each choice names, counted over all segments; -1 where it names none."""
+    return tl.where(b_choice == NONE, -1, tl.load(p_first + b_own) + b_choice)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -126,11 +131,14 @@ def _rank_kernel(
     n_stop = tl.minimum((i_part + 1) * n_part, W * R)
     o_place = tl.arange(0, BLOCK_E)
     # (BLOCK_E,)
-    b_block = _load_blocks(p_choice, p_first, p_of_token, i_part * n_part + o_place, n_stop, GR, NONE)
+    b_choice, b_own = _load_choices(p_choice, p_of_token, i_part * n_part + o_place, n_stop, GR, NONE)
+    b_block = _named_blocks(p_first, b_choice, b_own, NONE)
+    b_choice, b_own = _load_choices(p_choice, p_of_token, i_part * n_part + BLOCK_E + o_place, n_stop, GR, NONE)
     for n_entry in range(i_part * n_part, n_stop, BLOCK_E):
         o_entry = n_entry + o_place
-        # The next tile's blocks, on their way while this one's are ranked.
-        b_ahead = _load_blocks(p_choice, p_first, p_of_token, o_entry + BLOCK_E, n_stop, GR, NONE)
+        # The next tile's blocks, and what they are made of one tile later: on their way while this tile is ranked.
+        b_ahead = _named_blocks(p_first, b_choice, b_own, NONE)
+        b_choice, b_own = _load_choices(p_choice, p_of_token, o_entry + 2 * BLOCK_E, n_stop, GR, NONE)
         # Equal entries before this one in the low half, itself and those after it in the high half.
         b_weight = tl.where(o_place[:, None] < o_place[None, :], 1, 1 << 16)
         b_equal = tl.sum(tl.where(b_block[:, None] == b_block[None, :], b_weight, 0), 0)
@@ -211,7 +219,8 @@ def _scatter_kernel(
     # (BLOCK_E,)
     o_entry = i_part * n_part + tl.program_id(0) % n_tiles * BLOCK_E + tl.arange(0, BLOCK_E)
     b_rank = tl.load(p_rank + o_entry, mask=o_entry < n_stop, other=0).to(tl.int32)
-    b_block = _load_blocks(p_choice, p_first, p_of_token, o_entry, n_stop, GR, NONE)
+    b_choice, b_own = _load_choices(p_choice, p_of_token, o_entry, n_stop, GR, NONE)
+    b_block = _named_blocks(p_first, b_choice, b_own, NONE)
     b_offset = tl.load(p_offset + b_block, mask=b_block >= 0, other=0)
     tl.store(p_entry + b_offset + b_rank, o_entry, mask=b_block >= 0)
 
@@ -246,6 +255,6 @@ def route(choices: Tensor, blocks: Blocks) -> Lists:
     entries = torch.empty(kv_heads * tokens * per_token, dtype=torch.int32, device=device)
     tiles = triton.cdiv(part_tokens * per_token, SCATTER_ENTRIES)
     _scatter_kernel[(parts * tiles, kv_heads)](
-        *named, offsets, ranks, entries, *numbers, tiles, **sizes, BLOCK_E=SCATTER_ENTRIES
+        *named, offsets, ranks, entries, *numbers, tiles, **sizes, BLOCK_E=SCATTER_ENTRIES, num_warps=SCATTER_WARPS
     )
     return Lists(entries, offsets, part_tokens)

@@ -152,7 +152,7 @@ def _sum_gradients(
             b_store = s_d_query.index(I_HALF).load(ENTRIES)
             o_d = I_HALF * HALF_D + gl.arange(0, HALF_D, gl.SliceLayout(0, ENTRIES))
             p_rows = p_partial + ((o_partial + o_entry) * D)[:, None] + o_d[None, :]
-            gl.store(p_rows, b_store, mask=(o_entry >= 0)[:, None])
+            gl.store(p_rows, b_store, mask=(o_entry >= 0)[:, None], eviction_policy="evict_first")
         else:
             b_d_key, b_d_value = warpgroup_mma_wait(0, deps=[b_d_key, b_d_value])
             mbarrier.arrive(free.index(i_tile % STAGES), count=1)

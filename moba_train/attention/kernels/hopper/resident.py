@@ -4,8 +4,9 @@ A program owns a list and keeps the block's keys and values. Its four warps gath
 time, STAGES - 1 tiles ahead: while one tile is multiplied, the others are on their way. Results go out as whole rows,
 by way of the queries' place. Two programs share a multiprocessor: one computes while the other waits.
 
-The programs run over the blocks of one kv head before those of the next: what their entries read and write, the queries
-and the sectors of log-sum-exps, then stays in L2 as far as it fits. Results, read much later, make room first.
+The programs run over the blocks of one kv head before those of the next: what their entries read and write then stays
+in L2 as far as it fits. First of all the log-sum-exps, 4 bytes of a sector of 32 at a time: a sector that leaves before
+it is whole is read again, and costs 60 bytes an entry. Results are read much later, and make room first.
 
 Work and bytes are those of the Triton kernel.
 """
@@ -38,7 +39,7 @@ from moba_train.attention.kernels.plan import Config, Sizes
 from moba_train.attention.kernels.rows import NUMBERS
 
 TILING = Config(rows=64, keys=128, warps=4, stages=3)
-HEAD_DIMS = (128,)
+HEAD_DIMS = (64, 128)
 
 
 @gluon.jit(do_not_specialize=NUMBERS)
@@ -120,12 +121,13 @@ def resident_forward_hopper_kernel(
         b_sum = gl.sum(b_weight, 1)
         b_left = gl.convert_layout(b_weight.to(TYPE), gl.DotOperandLayout(0, OUT, 2))
         b_out = warpgroup_mma(b_left, s_value, gl.zeros([HALF, D], gl.float32, OUT), use_acc=False, is_async=True)
-        gl.store(p_partial_lse + (o_result + o_result_row), b_max + gl.log2(b_sum), mask=m_result_row)
+        p_lse = p_partial_lse + (o_result + o_result_row)
+        gl.store(p_lse, b_max + gl.log2(b_sum), mask=m_result_row, eviction_policy="evict_last")
         b_share = gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, OUT))
         b_out = warpgroup_mma_wait(0, deps=[b_out])
         s_query.store((b_out * b_share[:, None]).to(TYPE))
         p_rows = p_partial + ((o_result + o_entry) * D)[:, None] + o_d[None, :]
-        gl.store(p_rows, s_query.load(ROWS), mask=m_row[:, None], cache_modifier=".cs")
+        gl.store(p_rows, s_query.load(ROWS), mask=m_row[:, None], eviction_policy="evict_first")
         i_slot = gl.where(i_slot == STAGES - 1, 0, i_slot + 1)
     async_copy.wait_group(0)
 
