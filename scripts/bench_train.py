@@ -28,6 +28,7 @@ from typing import Any
 
 # Asking whether there is a GPU must not start CUDA here: processes that are forked later could not use it.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as ``parallel.variables`` sets it for a run
 
 import torch
 import yaml

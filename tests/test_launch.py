@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from moba_train.config import Device, LaunchConfig, LaunchKind
-from moba_train.parallel import launch, lifetime, local, supervise
+from moba_train.parallel import launch, lifetime, local, supervise, variables
 
 REST = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
 LAUNCHER = f"""
@@ -111,6 +111,17 @@ def test_a_dry_run_prints_what_a_run_does(monkeypatch, capfd, tmp_path: Path) ->
     assert launch.run(config, tmp_path / "resolved.yaml") == 0
     assert ranks(pasted.stdout) == ranks(capfd.readouterr().out)
     assert ranks(pasted.stdout) == [f"rank {rank} {rank} 2 29501 1 INFO 3 it's" for rank in range(2)]
+
+
+def test_the_allocator_is_the_users_own_under_either_name(monkeypatch, tmp_path: Path) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    expected = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert expected.items() <= variables.of_processes(LaunchConfig(gpus=1), tmp_path).items()
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        with monkeypatch.context() as users:
+            users.setenv(name, "max_split_size_mb:512")
+            assert "PYTORCH_ALLOC_CONF" not in variables.of_processes(LaunchConfig(gpus=1), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from moba_train.parallel.hosts import Host
 
 _OPTIONS = ("BatchMode=yes", "ConnectTimeout=15", "ServerAliveInterval=15", "ServerAliveCountMax=4")
-_PASSED = ("NCCL_", "TORCH_", "GLOO_", "UCX_", "FI_", "PYTHON", "TRITON_", "HF_", "OMP_", "LD_LIBRARY_PATH")
+_PASSED = ("NCCL_", "TORCH_", "GLOO_", "UCX_", "FI_", "PYTHON", "PYTORCH_", "TRITON_", "HF_", "OMP_", "LD_LIBRARY_PATH")
 _CLOSE_SECONDS = 5.0  # for a machine to end its ranks, once told to
 
 

@@ -14,6 +14,9 @@ PYTHON = {
     # Idle OpenMP threads that spin slow every small operation down as soon as another process wants a core.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+# Contexts grow from stage to stage, and ZeRO 3 gathers and frees all the time: blocks of fixed size kept up to a third
+# more than was in use. Under its older name it is the user's own.
+ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 NCCL = {
     "NCCL_DEBUG": "WARN",  # one line with the cause, where NCCL fails
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # torch's default, said aloud: a collective past its time-out ends the rank
@@ -30,6 +33,8 @@ def of_processes(launch: LaunchConfig, folder: Path) -> dict[str, str]:
     ours = dict(PYTHON)
     if launch.device is not Device.cpu:
         ours |= {**NCCL, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(folder / "nccl_trace_rank_")}
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+            ours |= ALLOCATOR
     return _unset(ours) | launch.environment
 
 

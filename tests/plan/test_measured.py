@@ -50,7 +50,8 @@ def test_memory_within_five_percent(run: dict[str, Any]) -> None:
     assert peak == pytest.approx(run["allocated_bytes"], rel=0.05)
 
 
-@pytest.mark.parametrize("run", MEASURED, ids=NAMES)
+# Segments that do not grow keep more than is in use, and how much more is luck.
+@pytest.mark.parametrize("run", [run for run in MEASURED if "fixed_segments" not in run])
 def test_the_gpu_must_have_what_was_used(run: dict[str, Any]) -> None:
     setup = planned(run)
     needed = predict_memory(setup).needed - run["first_step"] * MOMENTS * setup.shape.parameters
