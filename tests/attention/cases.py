@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moba_train.attention import AttentionSpec
 from moba_train.attention.backends import AttentionFunction
+from moba_train.attention.blocks import Blocks
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 # Largest error over the largest value: a backend rounds once or twice where the fp32 reference does not.
@@ -85,3 +86,21 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
     for name, reference in expected.items():
         error = (found[name].to(reference) - reference).abs().max() / reference.abs().max().clamp(min=0.1)
         assert error <= tolerance, f"{name} is off by {error:.2e} of its largest value, above {tolerance:.0e}"
+
+
+def exact_choices(query: Tensor, high: Tensor, low: Tensor, blocks: Blocks, choose: int) -> Tensor:
+    """(K, T, G, choose) blocks, ascending, that each query (T, H, D) chooses by representatives high + low (K, N, D).
+    Of equal scores the earlier block's counts, and those that are no numbers come last. -1: no block."""
+    rows = query.float().unflatten(1, (len(high), -1))
+    scores = sum(torch.einsum("tkgd,knd->ktgn", rows, part.float()) for part in (low, high))
+    scores = torch.where(scores.isnan(), -1e38, scores).clamp(min=-1e38)
+    first, own, index = (
+        blocks.first[blocks.of_token],
+        blocks.of_token,
+        torch.arange(len(blocks.first), device=query.device),
+    )
+    allowed = (index >= first[:, None]) & (index < own[:, None])
+    scores = torch.where(allowed[:, None], scores, -torch.inf)
+    found = scores.sort(dim=-1, descending=True, stable=True).indices[..., :choose]
+    chosen = torch.where(scores.gather(-1, found) > -torch.inf, found - first[:, None, None], -1)
+    return chosen.sort(-1).values

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from attention.cases import CASES, TOLERANCE, Case, assert_close, attend
+from attention.cases import CASES, TOLERANCE, Case, assert_close, attend, exact_choices
 from moba_train.attention.blocks import cut
 from moba_train.attention.gate import choose as choose_exactly
 from moba_train.attention.reference import reference
@@ -101,6 +101,27 @@ def test_a_query_without_numbers_still_reads_its_share_of_blocks():
     query[100:] = torch.nan
     _, choices = choices_of(case, query, key)
     assert (choices[0, 32:] < 10).all()
+
+
+@kernels
+@pytest.mark.parametrize("what", ["equal", "few", "infinite", "nan"])
+def test_choices_where_scores_are_equal_or_no_numbers(what):
+    from moba_train.attention.kernels import pool
+
+    case = Case("scores", (700, 1, 0, 150, 40), heads=4, kv_heads=2, top_k=6)
+    query, key, _, _ = case.tensors(DEVICE, DTYPE)
+    if what in ("equal", "few"):  # small integers in few dimensions: scores are exact, and many the same
+        query, key = (tensor.round().mul(torch.arange(32, device=DEVICE) < 3) for tensor in (query, key))
+    if what == "few":  # equal scores in some rows and in some tiles alone
+        query[::3] += torch.randn(32, generator=torch.Generator().manual_seed(1)).to(query)
+    if what == "infinite":
+        query[::5, :, 0] = torch.inf
+    if what == "nan":
+        key[::97, 0, 0], key[33, 1, 2], query[::7] = torch.nan, torch.inf, torch.nan
+    blocks, choices = choices_of(case, query, key)
+    expected = exact_choices(query, *pool.pool(key, blocks), blocks, 5)
+    found = torch.where(choices == 255, -1, choices.int())
+    assert torch.equal(found.sort(-1).values, expected.int())
 
 
 def random_choices(lengths, block_size: int, shape, gaps: bool):

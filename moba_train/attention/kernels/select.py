@@ -4,9 +4,10 @@ A program owns BLOCK_M rows of one kv head and streams over the representatives 
 SELECT_BLOCKS at a time, in block order. It keeps the R best (score, block) pairs of each row. Of a tile of scores it
 takes the best one of every row, and again, as often as the row with most scores above its worst pair asks for: after
 the first tiles about three rounds. A new pair replaces the worst one only if it is strictly better, and of equal worst
-ones the last: ties go to the earlier block. Rows in which scores that count are equal start over, in a slower loop.
+ones the last: ties go to the earlier block. Tiles with rows in which equal scores of a tile counted, or scores that are
+no numbers, start over in a slower loop.
 
-Work: 2 products of 2 x D operations for each (query, earlier block), and about 5 fp32 operations a score and round.
+Work: 2 products of 2 x D operations for each (query, earlier block), and about 4 fp32 operations a score and round.
 Bytes: queries once, representatives from L2, R small integers written a query.
 """
 
@@ -23,20 +24,23 @@ FAR = 1 << 30  # beyond every block index
 LOWEST = -1.0e38  # at most every score
 EMPTY = -2.0e38  # the score of no block
 TAKEN = -3.0e38  # added to a score, makes it lower than EMPTY
+TIE = 1 << 22  # counts the blocks that share a score, in a sum of their places
 
 
 @triton.jit
 def _scores(
     p_high, p_low, b_query, b_first, b_own, i_base, n_block, n_stop, LOWEST: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Gate scores (BLOCK_M, BLOCK_N) of the blocks from n_block on; if MASKED, -inf where a row may not choose. A score
-    that is not a number ranks last, above no block at all: every query gets as many blocks as its place says."""
+    """Gate scores (BLOCK_M, BLOCK_N) of the blocks from n_block on; if MASKED, -inf where a row may not choose. If
+    EXACT, what is not a number ranks last, above no block at all: every query gets as many blocks as its place says."""
     o_block = n_block + tl.arange(0, BLOCK_N)
     # (BLOCK_N, BLOCK_D) each
     b_high = load_rows(p_high, (i_base + o_block) * D, o_block < n_stop, D, BLOCK_D)
     b_low = load_rows(p_low, (i_base + o_block) * D, o_block < n_stop, D, BLOCK_D)
-    b_scores = tl.maximum(tl.dot(b_query, tl.trans(b_high), tl.dot(b_query, tl.trans(b_low))), LOWEST)
+    b_scores = tl.dot(b_query, tl.trans(b_high), tl.dot(b_query, tl.trans(b_low)))
+    if EXACT:
+        b_scores = tl.maximum(b_scores, LOWEST)
     if MASKED:
         m_allowed = (o_block[None, :] >= b_first[:, None]) & (o_block[None, :] < b_own[:, None])
         b_scores = tl.where(m_allowed, b_scores, -float("inf"))
@@ -44,12 +48,13 @@ def _scores(
 
 
 @triton.jit
-def _replace_worst(b_top, b_which, b_worst, b_best, b_index):
-    """Put (b_top, b_which) in the place of each row's worst pair, if better; of equal worst pairs, the last block's."""
+def _replace_worst(b_top, b_new, b_which, b_worst, b_best, b_index):
+    """Put (b_new, b_which) in the place of each row's worst pair, where b_top is better; of equal worst pairs, the last
+    block's."""
     m_worst = b_best == b_worst[:, None]
     b_last = tl.max(tl.where(m_worst, b_index, -1), 1)
     m_slot = m_worst & (b_index == b_last[:, None]) & (b_top > b_worst)[:, None]
-    return tl.where(m_slot, b_top[:, None], b_best), tl.where(m_slot, b_which[:, None], b_index)
+    return tl.where(m_slot, b_new[:, None], b_best), tl.where(m_slot, b_which[:, None], b_index)
 
 
 @triton.jit
@@ -60,39 +65,50 @@ def _insert_exactly(b_scores, n_block, b_best, b_index, n_rounds, FAR: tl.conste
     for _ in range(n_rounds):
         b_top = tl.max(b_scores, 1)
         b_which = tl.min(tl.where(b_scores == b_top[:, None], o_block[None, :], FAR), 1)
-        b_best, b_index = _replace_worst(b_top, b_which, tl.min(b_best, 1), b_best, b_index)
+        b_best, b_index = _replace_worst(b_top, b_top, b_which, tl.min(b_best, 1), b_best, b_index)
         b_scores = tl.where(o_block[None, :] == b_which[:, None], -float("inf"), b_scores)
     return b_best, b_index
 
 
 @triton.jit
-def _insert_fast(b_scores, n_block, b_best, b_index, b_shared, n_rounds, TAKEN: tl.constexpr, BLOCK_N: tl.constexpr):
-    """``_insert_exactly`` where no two scores that count are equal; b_shared becomes more than 1 where they are.
+def _insert_fast(
+    b_scores, n_block, b_best, b_index, n_rounds, TAKEN: tl.constexpr, TIE: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """``_insert_exactly`` where no two scores that count are equal. Where they are, an infinite one goes in: it stays.
 
     Comparisons run at half the rate of multiplications, and this loop is most of the kernel's time: so a block that is
-    hit is named, and taken out, by multiplying."""
-    o_place = tl.arange(0, BLOCK_N).to(tl.float32)
+    hit is named, counted and taken out, by multiplying."""
+    o_place = tl.arange(0, BLOCK_N).to(tl.float32) + TIE
     for _ in range(n_rounds):
         b_top = tl.max(b_scores, 1)
         b_hit = (b_scores == b_top[:, None]).to(tl.float32)
-        b_which = n_block + tl.sum(b_hit * o_place[None, :], 1).to(tl.int32)
+        b_place = tl.sum(b_hit * o_place[None, :], 1)
+        b_new = tl.where(b_place < 2 * TIE, b_top, float("inf"))
+        b_which = n_block - TIE + b_place.to(tl.int32)
         b_worst = tl.min(b_best, 1)
-        b_shared = tl.maximum(b_shared, tl.where(b_top > b_worst, tl.sum(b_hit, 1), 0.0))
-        b_best, b_index = _replace_worst(b_top, b_which, b_worst, b_best, b_index)
+        b_best, b_index = _replace_worst(b_top, b_new, b_which, b_worst, b_best, b_index)
         b_scores += b_hit * TAKEN
-    return b_best, b_index, b_shared
+    return b_best, b_index
+
+
+@triton.jit
+def _unsettled(b_best, b_first, b_own, R: tl.constexpr, LOWEST: tl.constexpr, SLOTS: tl.constexpr):
+    """Rows that the fast rounds cannot decide: an infinite score, or fewer scores than blocks to be chosen."""
+    m_slot = (tl.arange(0, SLOTS) < R)[None, :]
+    b_sure = tl.sum((m_slot & (b_best > LOWEST) & (b_best < float("inf"))).to(tl.int32), 1)
+    return b_sure < tl.minimum(b_own - b_first, R)
 
 
 @triton.jit
 def _visit(
-    p_high, p_low, b_query, b_first, b_own, i_base, n_from, n_to, n_stop, b_best, b_index, b_shared, R: tl.constexpr,
-    FAR: tl.constexpr, LOWEST: tl.constexpr, TAKEN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+    p_high, p_low, b_query, b_first, b_own, i_base, n_from, n_to, n_stop, b_best, b_index, R: tl.constexpr,
+    FAR: tl.constexpr, LOWEST: tl.constexpr, TAKEN: tl.constexpr, TIE: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Carry the blocks n_from to n_to into the best pairs, a tile at a time."""
     for n_block in range(n_from, n_to, BLOCK_N):
         b_scores = _scores(
-            p_high, p_low, b_query, b_first, b_own, i_base, n_block, n_stop, LOWEST, D, BLOCK_D, BLOCK_N, MASKED
+            p_high, p_low, b_query, b_first, b_own, i_base, n_block, n_stop, LOWEST, D, BLOCK_D, BLOCK_N, MASKED, EXACT
         )
         b_better = (b_scores > tl.min(b_best, 1)[:, None]).to(tl.float32)
         n_rounds = tl.minimum(tl.max(tl.sum(b_better, 1), 0).to(tl.int32), R)
@@ -100,10 +116,8 @@ def _visit(
             if EXACT:
                 b_best, b_index = _insert_exactly(b_scores, n_block, b_best, b_index, n_rounds, FAR, BLOCK_N)
             else:
-                b_best, b_index, b_shared = _insert_fast(
-                    b_scores, n_block, b_best, b_index, b_shared, n_rounds, TAKEN, BLOCK_N
-                )
-    return b_best, b_index, b_shared
+                b_best, b_index = _insert_fast(b_scores, n_block, b_best, b_index, n_rounds, TAKEN, TIE, BLOCK_N)
+    return b_best, b_index
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -125,6 +139,7 @@ def _select_kernel(
     LOWEST: tl.constexpr,
     EMPTY: tl.constexpr,
     TAKEN: tl.constexpr,
+    TIE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -153,25 +168,25 @@ def _select_kernel(
     # Slots past R hold +inf and are never the worst; empty ones fill from slot 0 on.
     b_no_best = tl.where((o_slot < R)[None, :], EMPTY, float("inf")) + tl.zeros([BLOCK_M, SLOTS], tl.float32)
     b_no_index = (FAR + SLOTS - o_slot)[None, :] + tl.zeros([BLOCK_M, SLOTS], tl.int32)
-    b_best, b_index, b_shared = b_no_best, b_no_index, tl.zeros([BLOCK_M], tl.float32)
+    b_best, b_index = b_no_best, b_no_index
     i_base = i_kv.to(tl.int64) * N
-    b_best, b_index, b_shared = _visit(
-        p_high, p_low, b_query, b_first, b_own, i_base, n_start, n_edge, i_own_high, b_best, b_index, b_shared, R,
-        FAR, LOWEST, TAKEN, D, BLOCK_D, BLOCK_N, True, False,
+    b_best, b_index = _visit(
+        p_high, p_low, b_query, b_first, b_own, i_base, n_start, n_edge, i_own_high, b_best, b_index, R, FAR, LOWEST,
+        TAKEN, TIE, D, BLOCK_D, BLOCK_N, True, False,
     )  # fmt: skip
-    b_best, b_index, b_shared = _visit(
-        p_high, p_low, b_query, b_first, b_own, i_base, n_edge, n_plain, i_own_high, b_best, b_index, b_shared, R,
-        FAR, LOWEST, TAKEN, D, BLOCK_D, BLOCK_N, False, False,
+    b_best, b_index = _visit(
+        p_high, p_low, b_query, b_first, b_own, i_base, n_edge, n_plain, i_own_high, b_best, b_index, R, FAR, LOWEST,
+        TAKEN, TIE, D, BLOCK_D, BLOCK_N, False, False,
     )  # fmt: skip
-    b_best, b_index, b_shared = _visit(
-        p_high, p_low, b_query, b_first, b_own, i_base, n_plain, i_own_high, i_own_high, b_best, b_index, b_shared, R,
-        FAR, LOWEST, TAKEN, D, BLOCK_D, BLOCK_N, True, False,
+    b_best, b_index = _visit(
+        p_high, p_low, b_query, b_first, b_own, i_base, n_plain, i_own_high, i_own_high, b_best, b_index, R, FAR,
+        LOWEST, TAKEN, TIE, D, BLOCK_D, BLOCK_N, True, False,
     )  # fmt: skip
-    if tl.max(b_shared, 0) > 1:  # equal scores, as equal keys have: once more, in the way that keeps their order
-        b_best, b_index = b_no_best, b_no_index
-        b_best, b_index, b_shared = _visit(
-            p_high, p_low, b_query, b_first, b_own, i_base, n_start, i_own_high, i_own_high, b_best, b_index, b_shared,
-            R, FAR, LOWEST, TAKEN, D, BLOCK_D, BLOCK_N, True, True,
+    m_again = m_row & _unsettled(b_best, b_first, b_own, R, LOWEST, SLOTS)
+    if tl.max(m_again.to(tl.int32), 0) > 0:  # in the way that keeps the order of equal scores
+        b_best, b_index = _visit(
+            p_high, p_low, b_query, b_first, b_own, i_base, n_start, i_own_high, i_own_high, b_no_best, b_no_index, R,
+            FAR, LOWEST, TAKEN, TIE, D, BLOCK_D, BLOCK_N, True, True,
         )  # fmt: skip
 
     b_choice = tl.where(b_index < FAR, b_index - b_first[:, None], NONE)
@@ -225,6 +240,7 @@ def select(query: Tensor, high: Tensor, low: Tensor, blocks: Blocks, block_size:
         LOWEST=LOWEST,
         EMPTY=EMPTY,
         TAKEN=TAKEN,
+        TIE=TIE,
         D=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),
         BLOCK_M=rows,
