@@ -122,6 +122,7 @@ MEMORY: dict[str, Any] = {
     "train.loss_tile_tokens": 64,
     "train.offload.optimizer": OffloadDevice.cpu,
     "train.offload.hidden_states": True,
+    "train.offload.moments": True,
     "train.gradient_dtype": Precision.bf16,
     "train.reduction_dtype": Precision.bf16,
     "train.fused_kernels": FusedKernels.none,
@@ -134,7 +135,7 @@ def test_a_run_that_lacked_memory_may_go_on_as_its_last_words_advise(rich: Confi
     file = tmp_path / resolved.FILE
     file.write_text(resolved.to_yaml(rich))
     advised = re.findall(r"train\.[a-z_.]+", worker._out_of_memory(torch.OutOfMemoryError("no memory"), rich))
-    assert {"train.mlp_tile_tokens", "train.keep_attention", "train.offload.optimizer"} <= set(advised)
+    assert {"train.mlp_tile_tokens", "train.keep_attention", "train.offload.moments"} <= set(advised)
     for key in {*advised, *MEMORY}:
         other = resolved.load(file)
         *path, last = key.split(".")
