@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
@@ -70,7 +71,7 @@ def _deepspeed(runtime: Runtime) -> Any:
 def check_disk(offload: OffloadConfig) -> None:
     """
     Raises:
-        ValueError: nvme without a folder to write to, or without the library that DeepSpeed writes with.
+        ValueError: nvme without a folder to write to, or without what DeepSpeed compiles its writing with.
     """
     if OffloadDevice.nvme not in (offload.optimizer, offload.parameters):
         return
@@ -82,6 +83,12 @@ def check_disk(offload: OffloadConfig) -> None:
         raise ValueError(
             "train.offload with nvme needs libaio and its headers, and a C++ compiler, on every node: install "
             "libaio-dev, or set train.offload.optimizer=cpu"
+        )
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if not all(re.fullmatch(r"\d+\.\d+(\+PTX)?", each) for each in architectures.replace(";", " ").split()):
+        raise ValueError(
+            f"TORCH_CUDA_ARCH_LIST={architectures} and train.offload with nvme, for which DeepSpeed compiles and reads "
+            f"numbers alone: set it to such as 9.0, or unset it"
         )
 
 
