@@ -64,8 +64,8 @@ class HostMomentAdamW(torch.optim.AdamW):
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state |= {name: zeros(parameter.shape, parameter.is_cuda) for name in MOMENTS}
-        for name in MOMENTS:  # DeepSpeed's universal checkpoint gives them as tensors of the device
-            if state[name].device.type != "cpu":
+        for name in MOMENTS:  # DeepSpeed's loaders set some themselves, on the device or not pinned
+            if parameter.is_cuda and not state[name].is_pinned():
                 state[name] = on_host(state[name], pinned=True)
         return state
 
@@ -81,8 +81,8 @@ class HostMomentAdamW(torch.optim.AdamW):
             if index + 1 < len(pieces):
                 rooms[(index + 1) % len(rooms)].fetch(pieces[index + 1][2:], inward)
             room = rooms[index % len(rooms)]
-            with room.present(len(numbers)) as (first, second):
-                _adamw(numbers, slope, first, second, state["step"], group)
+            first, second = room.present(len(numbers))
+            _adamw(numbers, slope, first, second, state["step"], group)
             room.send(moments, outward)
         state["step"] += 1
         outward.finish()  # a checkpoint may read them next
@@ -143,11 +143,11 @@ class _Room:
                 here[: len(there)].copy_(there, non_blocking=True)
             self._done = self._mark()
 
-    def present(self, size: int) -> AbstractContextManager[list[Tensor]]:
+    def present(self, size: int) -> list[Tensor]:
         """The first ``size`` numbers of each moment, to be worked on in the current stream."""
         if self._done is not None:
             torch.cuda.current_stream(self._device).wait_event(self._done)
-        return nullcontext([moment[:size] for moment in self._moments])
+        return [moment[:size] for moment in self._moments]
 
     def send(self, moments: Any, lane: _Lane) -> None:
         with lane.after(self._mark()):
