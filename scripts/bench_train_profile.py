@@ -17,6 +17,7 @@ GROUPS = {
         "fmha",
         "pool_kernel",
         "select_kernel",
+        "select_hopper_kernel",
         "_count_kernel",
         "_scatter_kernel",
         "routed_",

@@ -16,7 +16,7 @@ from moba_train.cost import gate_scores, moba_keys
 
 KERNELS = {  # step -> how the names of its kernels start
     "pool": ("_pool_kernel",),
-    "select": ("_select_kernel",),
+    "select": ("_select_kernel", "select_hopper_"),
     "route": (
         "_rank_kernel",
         "_total_kernel",

@@ -91,8 +91,8 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 def exact_choices(query: Tensor, high: Tensor, low: Tensor, blocks: Blocks, choose: int) -> Tensor:
     """(K, T, G, choose) blocks, ascending, that each query (T, H, D) chooses by representatives high + low (K, N, D).
     Of equal scores the earlier block's counts, and those that are no numbers come last. -1: no block."""
-    rows = query.float().unflatten(1, (len(high), -1))
-    scores = sum(torch.einsum("tkgd,knd->ktgn", rows, part.float()) for part in (low, high))
+    rows = query.double().unflatten(1, (len(high), -1))
+    scores = sum(torch.einsum("tkgd,knd->ktgn", rows, part.double()) for part in (low, high))
     scores = torch.where(scores.isnan(), -1e38, scores).clamp(min=-1e38)
     first, own, index = (
         blocks.first[blocks.of_token],

@@ -12,13 +12,30 @@ import pytest
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
-INTEGERS = {"bounds", "lists", "of_list", "offsets", "entries", "padded", "padded_row"}
+INTEGERS = {"bounds", "lists", "of_list", "offsets", "entries", "padded", "padded_row"} | {
+    "first",
+    "of_token",
+    "choice",
+    "unsettled",
+}
 FLOATS = {"lse", "delta", "padded_lse", "padded_delta", "partial_lse"}
 LOG2_E = 1.44
 SIZES = {
     "forward": {"G": 4, "R": 2, "B": 256, "D": 128, "BLOCK_N": 128, "STAGES": 2},
     "resident": {"G": 1, "R": 2, "D": 128, "BLOCK_N": 128, "STAGES": 3},
     "query": {"LOG2_E": LOG2_E, "G": 4, "R": 2, "B": 256, "D": 128, "BLOCK_N": 128, "STAGES": 2},
+    "select": {
+        "G": 4,
+        "R": 7,
+        "SLOTS": 8,
+        "NONE": 255,
+        "LOWEST": -1e38,
+        "TAKEN": -3e38,
+        "TIE": 1 << 22,
+        "D": 128,
+        "BLOCK_N": 64,
+        "STAGES": 2,
+    },
     "key_value": {"LOG2_E": LOG2_E, "QUERY": True, "G": 1, "R": 2, "TILES": 1, "D": 128, "BLOCK_M": 64, "STAGES": 3},
 }
 

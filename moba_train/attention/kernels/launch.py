@@ -37,10 +37,14 @@ ROW_DOT_ROWS = 64
 
 
 def hopper_kernels(block_size: int, *tensors: Tensor) -> Any:
-    """The package of kernels for Hopper; None elsewhere, for blocks that are not whole key tiles, and for tensors that
-    the copy engine cannot read."""
+    """``on_hopper``; None also for blocks that are not whole key tiles."""
+    return None if block_size % 128 else on_hopper(*tensors)
+
+
+def on_hopper(*tensors: Tensor) -> Any:
+    """The package of kernels for Hopper; None elsewhere, and for tensors that the copy engine cannot read."""
     device = tensors[0].device
-    if device.type != "cuda" or block_size % 128 or torch.cuda.get_device_capability(device)[0] != 9:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return None
     if any(tensor.data_ptr() % 16 for tensor in tensors):
         return None

@@ -4,11 +4,12 @@ forward     ``routed_forward``, for blocks of several key tiles
 resident    ``resident_forward``, for blocks of one key tile
 query       ``routed_query``
 key_value   ``key_value``, with and without the entries' dQ
+select      ``select``, for long segments, all but the rows that need its slower loop
 shared      what they share
 
 Each has the tiles, the sums and the order of sums of the Triton kernel that it is named after, and takes its arguments.
 """
 
-from moba_train.attention.kernels.hopper import forward, key_value, query, resident
+from moba_train.attention.kernels.hopper import forward, key_value, query, resident, select
 
-__all__ = ["forward", "key_value", "query", "resident"]
+__all__ = ["forward", "key_value", "query", "resident", "select"]

@@ -11,6 +11,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 gather = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+_DESCRIPTOR = gl.shared_memory_descriptor
+reinterpret = getattr(_DESCRIPTOR, "reinterpret", None) or _DESCRIPTOR._reinterpret
 
 HALF: gl.constexpr = gl.constexpr(64)  # rows, or keys, of a warpgroup; a program has two
 
