@@ -24,7 +24,7 @@ from moba_train import resolved
 from moba_train.config import Config
 from moba_train.metrics_file import read_rows
 from moba_train.parallel import launch, local
-from tiny import checkpoint_tensors, launch_command, run_worker
+from tiny import checkpoint_tensors, launch_command, run_forked, run_worker
 
 pytestmark = pytest.mark.distributed
 
@@ -39,7 +39,7 @@ def run(tiny_config_module: Config, tmp_path_factory) -> Runs:
     def get(processes: int, zero_stage: int) -> Path:
         folder = root / f"{processes}x{zero_stage}"
         if not folder.exists():
-            done = run_worker(config_of(tiny_config_module, processes, zero_stage), folder)
+            done = run_forked(config_of(tiny_config_module, processes, zero_stage), folder)
             assert done.returncode == 0, done.stderr
         return folder
 
@@ -78,7 +78,7 @@ def test_two_processes_resume_to_the_same_bits(
     folder = tmp_path / "resumed"
     shutil.copytree(whole / "checkpoints/step_00000002", folder / "checkpoints/step_00000002")
     shutil.copy(whole / "metrics.jsonl", folder)
-    done = run_worker(config_of(tiny_config_module, 2, zero_stage), folder)
+    done = run_forked(config_of(tiny_config_module, 2, zero_stage), folder)
     assert done.returncode == 0, done.stderr
     assert "resumed at step 2" in done.stderr
     assert_same_checkpoint(folder, whole)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,7 @@ from moba_train.config import Config, OffloadConfig, OffloadDevice, Precision, T
 from moba_train.metrics_file import read_rows
 from moba_train.parallel.engine import check_disk, engine_config
 from moba_train.runtime import Runtime
-from tiny import run_worker
+from tiny import run_forked, run_ranks
 
 CASES = {
     "ZeRO 0": (0, "fp32", "none", "none"),
@@ -34,15 +31,8 @@ CASES = {
     ],
 )
 def facts(request) -> dict:
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("engine_facts.py")), *map(str, request.param)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return {**json.loads(done.stdout.splitlines()[-1]), "relative": 1e-5 if request.param[1] == "fp32" else 2e-2}
+    printed = run_ranks(Path(__file__).with_name("engine_facts.py"), [*map(str, request.param)])
+    return {**json.loads(printed.splitlines()[-1]), "relative": 1e-5 if request.param[1] == "fp32" else 2e-2}
 
 
 def test_steps_are_those_of_plain_torch(facts: dict) -> None:
@@ -112,7 +102,7 @@ def test_bf16_with_recomputation_learns(tiny_config: Config, tmp_path: Path) -> 
     tiny_config.train.precision, tiny_config.train.zero_stage = Precision.bf16, 1
     tiny_config.train.activation_checkpointing = True
     tiny_config.checkpoint.every_steps = 0
-    done = run_worker(tiny_config, tmp_path / "run")
+    done = run_forked(tiny_config, tmp_path / "run")
     assert done.returncode == 0, done.stderr
     points = json.loads((tmp_path / "run/result.json").read_text())["points"]
     assert points[0]["trailing_loss"] > points[1]["trailing_loss"] > points[2]["trailing_loss"]

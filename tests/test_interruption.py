@@ -20,7 +20,7 @@ from moba_train.config import Config
 from moba_train.metrics_file import read_rows
 from moba_train.parallel.watchdog import EXIT_CODE
 from test_distributed import assert_same_checkpoint, losses
-from tiny import run_worker
+from tiny import run_forked, run_worker
 
 ASLEEP = """
 import time
@@ -127,7 +127,7 @@ def test_stopped_by_a_signal_to_one_rank(two_ranks: Config, tmp_path: Path) -> N
 
     done = run_worker(two_ranks, folder)
     assert done.returncode == 0 and "resumed at step 3" in done.stderr, done.stderr
-    assert run_worker(two_ranks, alone).returncode == 0
+    assert run_forked(two_ranks, alone).returncode == 0
     assert_same_checkpoint(folder, alone)
     assert losses(folder) == losses(alone)
     shutil.rmtree(tmp_path / "alone")

@@ -21,7 +21,7 @@ from moba_train.metrics_file import read_rows
 from moba_train.model import load_model, planned_shape
 from moba_train.optimizer import parameter_groups
 from moba_train.recompute import checkpoint_activations
-from tiny import TINY_LLAMA, checkpoint_tensors, run_worker
+from tiny import TINY_LLAMA, checkpoint_tensors, run_forked
 
 MOBA = AttentionSpec("moba", block_size=16, top_k=2)
 
@@ -144,7 +144,7 @@ def test_the_folder_loads_here_and_nowhere_else(tmp_path: Path) -> None:
 def finished(tiny_config_module: Config, tmp_path_factory) -> Path:
     """The tiny run with convolutions, under activation checkpointing."""
     folder = tmp_path_factory.mktemp("key_conv") / "whole"
-    done = run_worker(convolved(tiny_config_module), folder)
+    done = run_forked(convolved(tiny_config_module), folder)
     assert done.returncode == 0, done.stderr
     assert "not with plain transformers" in done.stderr
     return folder
@@ -170,7 +170,7 @@ def test_a_run_trains_them_resumes_to_the_same_bits_and_exports(
     folder = tmp_path / "resumed"
     shutil.copytree(finished / "checkpoints/step_00000002", folder / "checkpoints/step_00000002")
     shutil.copy(finished / "metrics.jsonl", folder)
-    done = run_worker(convolved(tiny_config_module), folder)
+    done = run_forked(convolved(tiny_config_module), folder)
     assert done.returncode == 0, done.stderr
     expected, got = (checkpoint_tensors(run / "checkpoints/step_00000006") for run in (finished, folder))
     assert got.keys() == expected.keys()
@@ -192,7 +192,7 @@ def test_a_run_goes_on_from_the_exported_folder(finished: Path, tiny_config_modu
     config.model = ModelConfig(name="again", path=str(finished / "model"))
     config.schedule.stages = config.schedule.stages[1:]
     config.schedule.stages[0].tokens = 512
-    done = run_worker(config, tmp_path / "again")
+    done = run_forked(config, tmp_path / "again")
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "again")[0] == pytest.approx(losses(finished)[-1], rel=1e-6)
     assert (tmp_path / "again/model" / key_conv_folder.FILE).is_file()
@@ -205,7 +205,7 @@ def test_two_processes_learn_what_one_does(
 ) -> None:
     config = convolved(tiny_config_module, zero_stage=zero_stage)
     config.launch.processes = 2
-    done = run_worker(config, tmp_path / "two")
+    done = run_forked(config, tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(finished), rel=1e-6)
     for file in (key_conv_folder.FILE, "model.without_key_conv.safetensors"):

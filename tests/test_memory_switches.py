@@ -12,7 +12,7 @@ import torch
 
 from moba_train.config import Config, OffloadConfig, OffloadDevice
 from moba_train.metrics_file import read_rows
-from tiny import checkpoint_tensors, run_worker
+from tiny import checkpoint_tensors, run_forked
 
 pytestmark = pytest.mark.distributed  # for their length: each is a run of its own
 
@@ -36,7 +36,7 @@ def with_switches(base: Config, switches: dict) -> Config:
 
 
 def run(config: Config, folder: Path) -> Path:
-    done = run_worker(config, folder)
+    done = run_forked(config, folder)
     assert done.returncode == 0, done.stderr
     return folder
 

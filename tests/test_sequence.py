@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,7 +132,7 @@ def facts_of(config: Config, folder: Path, cases: dict[int, list[dict]]) -> Fact
     def get(ranks: int, name: str) -> dict:
         if not (folder / f"{name}.pt").exists():
             arguments = [str(folder / resolved.FILE), json.dumps(cases[ranks]), str(folder)]
-            run_ranks([sys.executable, str(script), *arguments], ranks)
+            run_ranks(script, arguments, ranks)
         return torch.load(folder / f"{name}.pt")
 
     return get

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -39,7 +38,7 @@ def runs(tiny_config_module: Config, tmp_path_factory) -> Path:
     (folder / resolved.FILE).write_text(resolved.to_yaml(tiny_config_module))
     prepare_store(tiny_config_module.data, str(tiny_config_module.model.tokenizer), progress=False)
     script = Path(__file__).with_name("skipped_facts.py")
-    run_ranks([sys.executable, str(script), str(folder / resolved.FILE), str(folder)], 2)
+    run_ranks(script, [str(folder / resolved.FILE), str(folder)], 2)
     return folder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import Any
 
 import torch
 
+import forks
 from moba_train import resolved
-from moba_train.config import Config
+from moba_train.config import Config, Device, LaunchConfig
+from moba_train.parallel import local
 
 TINY_LLAMA = {
     "model_type": "llama",
@@ -51,6 +52,14 @@ def run_worker(config: Config, folder: Path) -> subprocess.CompletedProcess[str]
     return subprocess.run(launch_command(folder), capture_output=True, text=True, env=environment, timeout=300)
 
 
+def run_forked(config: Config, folder: Path) -> subprocess.CompletedProcess[str]:
+    """``run_worker`` without the launcher, and in a fraction of the time: its ranks find everything imported."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / resolved.FILE).write_text(resolved.to_yaml(config))
+    environments = local.environments(config.launch, folder)
+    return forks.run("moba_train.worker", ["--config", str(folder / resolved.FILE)], environments)
+
+
 def checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint's engine files, parameters and optimizer state, by its place in them."""
     tensors: dict[str, torch.Tensor] = {}
@@ -70,20 +79,9 @@ def checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def run_ranks(command: list[str], ranks: int) -> None:
-    """Run a command as every rank of a group on this machine; none may fail."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    processes = [
-        subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(ranks)
-    ]
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0] * ranks
+def run_ranks(script: Path, arguments: list[str], ranks: int = 1) -> str:
+    """Run a script as every rank of a group on this machine; none may fail. Returns what they print."""
+    launch = LaunchConfig(processes=ranks, device=Device.cpu, threads=1)
+    done = forks.run(str(script), arguments, local.environments(launch, script.parent))
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,17 +10,13 @@ import pytest
 from moba_train.config import OffloadDevice, Precision
 from moba_train.plan import states
 from plan.cases import LLAMA_1B, WIDE, recipe, setup_of
+from tiny import run_ranks
 
 SCRIPT = Path(__file__).parent / "engine_states.py"
 
 
 def counted(*arguments: str) -> dict[str, int]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run_ranks(SCRIPT, list(arguments)).splitlines()[-1])
 
 
 @pytest.mark.distributed
