@@ -119,7 +119,7 @@ def test_what_is_measured_where_nothing_is_named() -> None:
         (["tokens=many"], ["many", "Integer"]),
         (["device=tpu"], ["tpu", "cpu, cuda"]),
         (["device=cuda"], ["device=cuda", "no GPU"]),
-        (["blok_size=64"], ["blok_size", "moba-train bench"]),
+        (["blok_size=64"], ["blok_size is unknown", "block_size"]),
     ],
     ids=lambda value: " ".join(value),
 )
