@@ -145,10 +145,10 @@ def random_choices(lengths, block_size: int, shape, gaps: bool):
         ((150, 0, 90, 7), 16, (2, 3, 2), {"PART_ENTRIES": 100}),
         ((1, 1, 2), 16, (2, 2, 2), {}),  # no choices at all
         ((33,), 16, (1, 1, 1), {"PART_ENTRIES": 1}),  # as many parts as tokens
-        ((400,), 16, (3, 2, 5), {"MOST_COUNTERS": 1}),  # one part
+        ((300,), 16, (2, 2, 5), {"MOST_COUNTERS": 1}),  # one part
         ((700, 20), 128, (1, 4, 4), {"PART_ENTRIES": 500, "SHORT_RANKS": 0}),
-        ((640,), 16, (1, 1, 40), {"RANK_PROGRAMS": 7}),
-        ((5000,), 16, (1, 1, 2), {"PLACE_TOTALS": 64}),  # more blocks than a program of any kernel has
+        ((300,), 16, (1, 1, 15), {"RANK_PROGRAMS": 7}),
+        ((2500,), 16, (1, 1, 1), {"PLACE_TOTALS": 64, "PART_ENTRIES": 2000}),  # more blocks than any program has
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else None,
 )

