@@ -22,12 +22,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-# Asking whether there is a GPU must not start CUDA here: processes that are forked later could not use it.
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as ``parallel.variables`` sets it for a run
 
 import torch
@@ -366,16 +365,9 @@ def machine(runtime: Runtime) -> dict[str, Any]:
 
 def apart(work: Callable, *arguments: Any) -> Any:
     """``work(*arguments, runtime)`` in a process of its own; None where that ended without a result."""
-    forked = multiprocessing.get_context("fork")  # what was imported is there
-    receiver, sender = forked.Pipe(duplex=False)
-
-    def child() -> None:
-        follow_parent()
-        runtime = start(Config().launch)
-        sender.send(work(*arguments, runtime))
-        finish()
-
-    process = forked.Process(target=child)
+    context = multiprocessing.get_context("spawn")  # forked, it would wait for OpenMP threads that it does not have
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_alone, args=(sender, work, arguments))
     process.start()
     sender.close()
     try:
@@ -384,6 +376,12 @@ def apart(work: Callable, *arguments: Any) -> Any:
         return None
     finally:
         process.join()
+
+
+def _alone(sender: Connection, work: Callable, arguments: tuple[Any, ...]) -> None:
+    follow_parent()
+    sender.send(work(*arguments, start(Config().launch)))
+    finish()
 
 
 if __name__ == "__main__":
