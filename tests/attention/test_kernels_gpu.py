@@ -47,6 +47,9 @@ TILINGS = [  # heads, kv_heads, head_dim, block_size, top_k
     (2, 1, 256, 300, 2),
     (4, 2, 80, 64, 4),
     (2, 2, 32, 128, 3),
+    (8, 8, 128, 256, 9),
+    (8, 1, 64, 256, 3),
+    (4, 2, 64, 1024, 1),
 ]
 
 
@@ -125,7 +128,11 @@ def test_twenty_repeats_change_no_bit(tiling):
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
-@pytest.mark.parametrize("tiling", [TILINGS[2], TILINGS[4], TILINGS[11], (3, 1, 128, 256, 4)], ids=str)
+@pytest.mark.parametrize(
+    "tiling",
+    [TILINGS[2], TILINGS[4], TILINGS[11], (3, 1, 128, 256, 4), (8, 1, 128, 384, 2), (2, 2, 128, 256, 12)],
+    ids=str,
+)
 def test_triton_s_kernels_agree_with_those_for_hopper(tiling, monkeypatch):
     from moba_train.attention.kernels import launch
     from moba_train.attention.kernels.op import triton_attention

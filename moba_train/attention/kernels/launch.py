@@ -65,7 +65,7 @@ def _gluon_kernels() -> Any:
 
 def _tuned(module: Any, sizes: Sizes) -> Any:
     """A module of the package for Hopper, if it is there and serves this head_dim."""
-    return module if module is not None and sizes.head_dim in module.HEAD_DIMS else None
+    return module if module is not None and sizes.head_dim in module.TILINGS else None
 
 
 def attend(
@@ -96,9 +96,9 @@ def attend(
                     query, key, value, *listed, B=block_size, **sizes.constants(), **config["resident"].arguments()
                 )
         elif (tuned := _tuned(hopper and hopper.forward, sizes)) is not None:
-            found, numbers = _tiles(lists, kv_heads, chunk, entries, tuned.TILING, sizes, blocks)
+            found, numbers = _tiles(lists, kv_heads, chunk, entries, tuned.TILINGS[sizes.head_dim], sizes, blocks)
             arguments = (blocks.bounds, *found, *results, *numbers)
-            tuned.launch(query, key, value, *arguments, programs=len(found[0]), sizes=sizes)
+            tuned.launch(query, key, value, *arguments, tiles=len(found[0]), sizes=sizes)
         else:
             found, numbers = _tiles(lists, kv_heads, chunk, entries, config["forward"], sizes, blocks)
             forward.routed_forward_kernel[(len(found[0]),)](
@@ -108,11 +108,17 @@ def attend(
         return partial, partial_lse
 
     def merge_rows(partial: Tensor, partial_lse: Tensor, kv_start: int, kv_heads: int, chunk: Chunk) -> None:
-        merge.merge_kernel[(triton.cdiv(chunk.rows, config["merge"].rows), kv_heads)](
+        arguments = (
             query, key, value, blocks.bounds, blocks.first, blocks.of_token, partial, partial_lse, out, lse,
             scale * LOG2_E, kv_start, chunk.row_start, chunk.rows, sizes.tokens, sizes.kv_heads,
-            FOLD_STAGES=FOLD_STAGES, **sizes.constants(), **config["merge"].arguments(),
         )  # fmt: skip
+        tuned = _tuned(hopper and hopper.own_forward, sizes)
+        if tuned is not None and hopper.own.serves(sizes):
+            tuned.launch(*arguments, kv_heads=kv_heads, sizes=sizes)
+        else:
+            merge.merge_kernel[(triton.cdiv(chunk.rows, config["merge"].rows), kv_heads)](
+                *arguments, FOLD_STAGES=FOLD_STAGES, **sizes.constants(), **config["merge"].arguments()
+            )
 
     if lists is None:
         merge_rows(out, lse, 0, sizes.kv_heads, Chunk(0, 1, 0, sizes.rows))
@@ -171,7 +177,8 @@ def attend_backward(
     def key_value(lists: Lists | None, partial: Tensor | None, kv_start: int, kv_heads: int) -> None:
         """dK and dV of some kv heads; also the partial dQ of their entries, where ``partial`` is given."""
         tuned = _tuned(hopper and hopper.key_value, sizes)
-        tiling = config["key_value" if partial is None else "key_value_query"] if tuned is None else tuned.TILING
+        ours = config["key_value" if partial is None else "key_value_query"]
+        tiling = ours if tuned is None else tuned.TILINGS[sizes.head_dim]
         if lists is None:
             padded = (blocks.bounds, blocks.bounds, blocks.bounds, lse, delta)  # R = 0: not read
         else:
@@ -208,14 +215,14 @@ def attend_backward(
         entries = chunk.rows * sizes.choose
         partial = torch.empty(kv_heads * entries, sizes.head_dim, dtype=query.dtype, device=query.device)
         tuned = _tuned(hopper and hopper.query, sizes)
-        tiling = config["query"] if tuned is None else tuned.TILING
+        tiling = config["query"] if tuned is None else tuned.TILINGS[sizes.head_dim]
         found, numbers = _tiles(lists, kv_heads, chunk, entries, tiling, sizes, blocks)
         arguments = (
             *tensors[3:], *found, partial, scale * LOG2_E, kv_start, chunk.row_start * sizes.choose, entries,
             sizes.rows, *numbers,
         )  # fmt: skip
         if tuned is not None:
-            tuned.launch(query, key, value, *arguments, programs=len(found[0]), sizes=sizes)
+            tuned.launch(query, key, value, *arguments, tiles=len(found[0]), sizes=sizes)
         else:
             backward.routed_query_kernel[(len(found[0]),)](
                 *tensors[:3], *arguments, LOG2_E=LOG2_E, B=block_size, **constants, **tiling.arguments(),
@@ -223,11 +230,17 @@ def attend_backward(
         return partial
 
     def merge_rows(partial: Tensor, kv_start: int, kv_heads: int, chunk: Chunk) -> None:
-        backward.merge_query_kernel[(triton.cdiv(chunk.rows, config["merge_query"].rows), kv_heads)](
+        arguments = (
             *tensors, blocks.first, blocks.of_token, partial, d_query, scale * LOG2_E, kv_start, chunk.row_start,
-            chunk.rows, sizes.tokens, sizes.kv_heads, LOG2_E=LOG2_E, FOLD_STAGES=FOLD_STAGES, **constants,
-            **config["merge_query"].arguments(),
+            chunk.rows, sizes.tokens, sizes.kv_heads,
         )  # fmt: skip
+        tuned = _tuned(hopper and hopper.own_query, sizes)
+        if tuned is not None and hopper.own.serves(sizes):
+            tuned.launch(*arguments, kv_heads=kv_heads, sizes=sizes)
+        else:
+            backward.merge_query_kernel[(triton.cdiv(chunk.rows, config["merge_query"].rows), kv_heads)](
+                *arguments, LOG2_E=LOG2_E, FOLD_STAGES=FOLD_STAGES, **constants, **config["merge_query"].arguments()
+            )
 
     everything = Chunk(0, 1, 0, sizes.rows)
     if lists is None:

@@ -5,11 +5,23 @@ resident    ``resident_forward``, for blocks of one key tile
 query       ``routed_query``
 key_value   ``key_value``, with and without the entries' dQ
 select      ``select``, for long segments, all but the rows that need its slower loop
+own_forward ``merge``
+own_query   ``merge_query``
+own         what these two share
 shared      what they share
 
 Each has the tiles, the sums and the order of sums of the Triton kernel that it is named after, and takes its arguments.
 """
 
-from moba_train.attention.kernels.hopper import forward, key_value, query, resident, select
+from moba_train.attention.kernels.hopper import (
+    forward,
+    key_value,
+    own,
+    own_forward,
+    own_query,
+    query,
+    resident,
+    select,
+)
 
-__all__ = ["forward", "key_value", "query", "resident", "select"]
+__all__ = ["forward", "key_value", "own", "own_forward", "own_query", "query", "resident", "select"]

@@ -26,8 +26,7 @@ from moba_train.attention.kernels.hopper.shared import HALF, barriers, copy_tile
 from moba_train.attention.kernels.plan import Config, Sizes
 from moba_train.attention.kernels.rows import LOG2_E, NUMBERS
 
-TILING = Config(rows=64, keys=128, warps=4, stages=3)
-HEAD_DIMS = (128,)  # at 64 Triton's kernel is as fast
+TILINGS = {128: Config(rows=64, keys=128, warps=4, stages=3)}  # by head_dim; at 64 Triton's kernel is as fast
 
 
 @gluon.jit
@@ -280,8 +279,9 @@ def launch(
     entries: bool,
 ) -> None:
     """``arguments``: those of the kernel from the output's gradient on. ``entries``: the partial dQ too."""
+    tiling = TILINGS[sizes.head_dim]
     key_value_hopper_kernel[(programs,)](
         described(key, HALF.value), described(value, HALF.value), query, *arguments, LOG2_E=LOG2_E, QUERY=entries,
-        G=sizes.group, R=sizes.choose, TILES=-(-sizes.block_size // TILING.keys), D=sizes.head_dim, BLOCK_M=TILING.rows,
-        STAGES=TILING.stages, num_warps=TILING.warps,
+        G=sizes.group, R=sizes.choose, TILES=-(-sizes.block_size // tiling.keys), D=sizes.head_dim, BLOCK_M=tiling.rows,
+        STAGES=tiling.stages, num_warps=tiling.warps,
     )  # fmt: skip

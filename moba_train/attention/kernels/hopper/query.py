@@ -1,7 +1,8 @@
 """``routed_query`` on Hopper.
 
-A program owns 2 x 64 entries of one (kv head, block) list, as in ``forward``: four warps have the block's keys and
-values brought, two warpgroups own 64 entries each and sum their dQ.
+A program owns 2 x 64 entries of one (kv head, block) list. Four warps have the copy engine bring the block's keys and
+values, two warpgroups own 64 entries each and sum their dQ. Going from tile to tile as in ``forward`` gains nothing: of
+queries and gradients only one tile has room, and the next one's would arrive as late.
 
 Work and bytes are those of the Triton kernel.
 """
@@ -21,18 +22,35 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from moba_train.attention.kernels.hopper.shared import (
     HALF,
     barriers,
+    copy_tile,
     described,
     find_tile,
     load_entries,
     load_rows,
-    load_tiles,
-    store_entries,
 )
 from moba_train.attention.kernels.plan import Config, Sizes
 from moba_train.attention.kernels.rows import LOG2_E, NUMBERS
 
-TILING = Config(rows=128, keys=128, warps=4, stages=2)
-HEAD_DIMS = (128,)  # at 64 Triton's kernel is the faster one
+# By head_dim; at 64 Triton's kernel is the faster one.
+TILINGS = {128: Config(rows=128, keys=128, warps=4, stages=2)}
+
+
+@gluon.jit
+def _bring_keys(
+    d_key, d_value, s_key, s_value, key_full, value_full, key_free, value_free, n_token, i_column, B: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The copying warps: a block's tiles of keys and values, each as soon as its buffer is free."""
+    for i_tile in range(B // BLOCK_N):
+        i_slot = i_tile % STAGES
+        i_phase = (i_tile // STAGES & 1) ^ 1
+        n_key = n_token + i_tile * BLOCK_N
+        mbarrier.wait(key_free.index(i_slot), i_phase)
+        mbarrier.expect(key_full.index(i_slot), d_key.block_type.nbytes)
+        copy_tile(d_key, [n_key, i_column], key_full.index(i_slot), s_key.index(i_slot))
+        mbarrier.wait(value_free.index(i_slot), i_phase)
+        mbarrier.expect(value_full.index(i_slot), d_value.block_type.nbytes)
+        copy_tile(d_value, [n_key, i_column], value_full.index(i_slot), s_value.index(i_slot))
 
 
 @gluon.jit
@@ -76,7 +94,12 @@ def _sum_query(
         mbarrier.arrive(key_free.index(i_slot), count=1)
 
     b_d_query = b_d_query * (scale / LOG2_E)
-    store_entries(p_partial, p_entries, o_result, n_start, n_stop, s_query, b_d_query, D, ROWS)
+    # The queries are read no more: their place serves to store whole rows.
+    s_query.store(b_d_query.to(TYPE))
+    o_entry, m_row = load_entries(p_entries, n_start, n_stop, gl.SliceLayout(1, ROWS))
+    o_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))
+    p_rows = p_partial + ((o_result + o_entry) * D)[:, None] + o_d[None, :]
+    gl.store(p_rows, s_query.load(ROWS), mask=m_row[:, None])
 
 
 @gluon.jit(do_not_specialize=NUMBERS)
@@ -112,9 +135,10 @@ def routed_query_hopper_kernel(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    i_list, n_start, n_stop, n_token = find_tile(p_lists, p_of_list, p_offsets, p_bounds, LISTS, N, P, i_part, n_parts)
-    if i_list == LISTS:
+    if gl.load(p_lists + gl.program_id(0)) == LISTS:
         return
+    i_list, n_start, n_stop = find_tile(p_lists, p_of_list, p_offsets, gl.program_id(0), N, P, i_part, n_parts, 2)
+    n_token = gl.load(p_bounds + i_list % N)
     i_kv = i_kv_start + i_list // N
     o_lse = i_kv.to(gl.int64) * W
     o_result = (i_list // N).to(gl.int64) * n_entries - i_entry_start
@@ -141,7 +165,7 @@ def routed_query_hopper_kernel(
                 s_value, key_full, value_full, key_free, value_free, scale, n_start + HALF, n_stop, i_kv, o_lse, K,
                 o_result, LOG2_E, G, R, B, D, BLOCK_N, STAGES,
             )),
-            (load_tiles, (
+            (_bring_keys, (
                 d_key, d_value, s_key, s_value, key_full, value_full, key_free, value_free, n_token, i_kv * D, B,
                 BLOCK_N, STAGES,
             )),
@@ -152,11 +176,12 @@ def routed_query_hopper_kernel(
 
 
 def launch(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments: Any, programs: int, sizes: Sizes
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments: Any, tiles: int, sizes: Sizes
 ) -> None:
-    """``arguments``: those of the kernel from the output's gradient on."""
-    routed_query_hopper_kernel[(programs,)](
-        described(key, TILING.keys), described(value, TILING.keys), query, *arguments, LOG2_E=LOG2_E, G=sizes.group,
-        R=sizes.choose, B=sizes.block_size, D=sizes.head_dim, BLOCK_N=TILING.keys, STAGES=TILING.stages,
-        num_warps=TILING.warps,
+    """``arguments``: those of the kernel from the output's gradient on. ``tiles``: at most."""
+    tiling = TILINGS[sizes.head_dim]
+    routed_query_hopper_kernel[(tiles,)](
+        described(key, tiling.keys), described(value, tiling.keys), query, *arguments, LOG2_E=LOG2_E, G=sizes.group,
+        R=sizes.choose, B=sizes.block_size, D=sizes.head_dim, BLOCK_N=tiling.keys, STAGES=tiling.stages,
+        num_warps=tiling.warps,
     )  # fmt: skip

@@ -39,7 +39,7 @@ from moba_train.attention.kernels.plan import Config, Sizes
 from moba_train.attention.kernels.rows import NUMBERS
 
 TILING = Config(rows=64, keys=128, warps=4, stages=3)
-HEAD_DIMS = (64, 128)
+TILINGS = {64: TILING, 128: TILING}  # by head_dim
 
 
 @gluon.jit(do_not_specialize=NUMBERS)

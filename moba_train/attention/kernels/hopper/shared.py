@@ -1,10 +1,12 @@
 """What the Hopper kernels share: a block's keys and values as the copy engine brings them, and a tile's entries."""
 
+from functools import cache
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Renamed in Triton 3.9.
@@ -15,6 +17,12 @@ _DESCRIPTOR = gl.shared_memory_descriptor
 reinterpret = getattr(_DESCRIPTOR, "reinterpret", None) or _DESCRIPTOR._reinterpret
 
 HALF: gl.constexpr = gl.constexpr(64)  # rows, or keys, of a warpgroup; a program has two
+
+
+@cache
+def programs(device: torch.device) -> int:
+    """One for each multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def described(tensor: torch.Tensor, tile_tokens: int) -> TensorDescriptor:
@@ -35,21 +43,87 @@ def barriers(COUNT: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def load_tiles(
-    d_key, d_value, s_key, s_value, key_full, value_full, key_free, value_free, n_token, i_column, B: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+def bring(d_tensor, n_row, i_column, s_ring, full, free, i_item, STAGES: gl.constexpr):
+    """Have item i_item of the ring brought, when its place is free."""
+    i_slot = i_item % STAGES
+    mbarrier.wait(free.index(i_slot), (i_item // STAGES & 1) ^ 1)
+    mbarrier.expect(full.index(i_slot), d_tensor.block_type.nbytes)
+    copy_tile(d_tensor, [n_row, i_column], full.index(i_slot), s_ring.index(i_slot))
+    return i_item + 1
+
+
+@gluon.jit
+def mask_scores(
+    b_scores, n_key, n_shared, n_first, b_begin, b_token, BLOCK_N: gl.constexpr, SCORES: gl.constexpr
 ):  # fmt: skip
-    """The copying warps: a block's tiles of keys and values, each as soon as its buffer is free."""
-    for i_tile in range(B // BLOCK_N):
-        i_slot = i_tile % STAGES
-        i_phase = (i_tile // STAGES & 1) ^ 1
-        n_key = n_token + i_tile * BLOCK_N
-        mbarrier.wait(key_free.index(i_slot), i_phase)
-        mbarrier.expect(key_full.index(i_slot), d_key.block_type.nbytes)
-        copy_tile(d_key, [n_key, i_column], key_full.index(i_slot), s_key.index(i_slot))
-        mbarrier.wait(value_free.index(i_slot), i_phase)
-        mbarrier.expect(value_full.index(i_slot), d_value.block_type.nbytes)
-        copy_tile(d_value, [n_key, i_column], value_full.index(i_slot), s_value.index(i_slot))
+    """-inf where a row may not read; whole tiles that all rows read are left alone."""
+    if (n_key < n_shared) | (n_key + BLOCK_N > n_first + 1):
+        o_key = n_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
+        m_read = (o_key[None, :] >= b_begin[:, None]) & (o_key[None, :] <= b_token[:, None])
+        b_scores = gl.where(m_read, b_scores, -float("inf"))
+    return b_scores
+
+
+@gluon.jit
+def attend_keys(
+    b_max, b_sum, b_out, s_rows, s_ring, full, free, i_item, n_start, n_shared, n_stop, n_first, b_begin, b_token,
+    scale, FOLDED: gl.constexpr, MASKED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Go on with a softmax of HALF rows over the keys n_start to n_stop, which the ring holds from item i_item on.
+
+    While the tensor cores multiply one tile's weights with its values, the softmax of the next tile's scores is made.
+    FOLDED: the output so far is not zero. MASKED: see ``mask_scores``.
+    """
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    OUT: gl.constexpr = b_out.type.layout
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    TYPE: gl.constexpr = s_rows.dtype
+    b_none = gl.zeros([HALF, BLOCK_N], gl.float32, SCORES)
+    i_key = i_item
+    mbarrier.wait(full.index(i_key % STAGES), i_key // STAGES & 1)
+    b_scores = warpgroup_mma(s_rows, s_ring.index(i_key % STAGES).permute((1, 0)), b_none, use_acc=False, is_async=True)
+    b_scores = warpgroup_mma_wait(0, deps=[b_scores])
+    mbarrier.arrive(free.index(i_key % STAGES), count=1)
+    if MASKED:
+        b_scores = mask_scores(b_scores, n_start, n_shared, n_first, b_begin, b_token, BLOCK_N, SCORES)
+    b_new = gl.maximum(b_max, gl.max(b_scores, 1) * scale)
+    b_weight = gl.exp2(b_scores * scale - b_new[:, None])
+    b_decay = gl.exp2(b_max - b_new)
+    b_sum = b_sum * b_decay + gl.sum(b_weight, 1)
+    b_max = b_new
+    if FOLDED:
+        b_out = b_out * gl.convert_layout(b_decay, gl.SliceLayout(1, OUT))[:, None]
+    b_left = gl.convert_layout(b_weight.to(TYPE), WEIGHTS)
+    i_item += 1
+    for n_key in range(n_start + BLOCK_N, n_stop, BLOCK_N):
+        i_key, i_value = i_item, i_item + 1
+        mbarrier.wait(full.index(i_key % STAGES), i_key // STAGES & 1)
+        b_scores = warpgroup_mma(
+            s_rows, s_ring.index(i_key % STAGES).permute((1, 0)), b_none, use_acc=False, is_async=True
+        )
+        mbarrier.wait(full.index(i_value % STAGES), i_value // STAGES & 1)
+        b_out = warpgroup_mma(b_left, s_ring.index(i_value % STAGES), b_out, is_async=True)
+        b_scores = warpgroup_mma_wait(1, deps=[b_scores])
+        mbarrier.arrive(free.index(i_key % STAGES), count=1)
+        if MASKED:
+            b_scores = mask_scores(b_scores, n_key, n_shared, n_first, b_begin, b_token, BLOCK_N, SCORES)
+        b_new = gl.maximum(b_max, gl.max(b_scores, 1) * scale)
+        b_weight = gl.exp2(b_scores * scale - b_new[:, None])
+        b_decay = gl.exp2(b_max - b_new)
+        b_sum = b_sum * b_decay + gl.sum(b_weight, 1)
+        b_max = b_new
+        b_out = warpgroup_mma_wait(0, deps=[b_out])
+        mbarrier.arrive(free.index(i_value % STAGES), count=1)
+        b_out = b_out * gl.convert_layout(b_decay, gl.SliceLayout(1, OUT))[:, None]
+        b_left = gl.convert_layout(b_weight.to(TYPE), WEIGHTS)
+        i_item += 2
+    i_value = i_item
+    mbarrier.wait(full.index(i_value % STAGES), i_value // STAGES & 1)
+    b_out = warpgroup_mma(b_left, s_ring.index(i_value % STAGES), b_out, is_async=True)
+    b_out = warpgroup_mma_wait(0, deps=[b_out])
+    mbarrier.arrive(free.index(i_value % STAGES), count=1)
+    i_item += 1
+    return b_max, b_sum, b_out, i_item
 
 
 @gluon.jit
@@ -57,26 +131,6 @@ def part_bounds(p_offsets, i_list, N, P, i_part, n_parts):
     """Where the entries of some parts of list i_list start and stop."""
     p_start = p_offsets + ((i_list // N).to(gl.int64) * (P + 1) + i_part) * N + i_list % N
     return gl.load(p_start), gl.load(p_start + n_parts.to(gl.int64) * N)
-
-
-@gluon.jit
-def find_tile(p_lists, p_of_list, p_offsets, p_bounds, LISTS, N, P, i_part, n_parts):
-    """This program's list, where its entries start and stop, and its block's first token. List LISTS: nothing to do."""
-    i_list = gl.load(p_lists + gl.program_id(0))
-    n_start, n_stop, n_token = i_list * 0, i_list * 0, i_list * 0
-    if i_list < LISTS:
-        i_tile = gl.program_id(0) - gl.load(p_of_list + i_list)
-        n_start, n_stop = part_bounds(p_offsets, i_list, N, P, i_part, n_parts)
-        n_start += i_tile * (2 * HALF)
-        n_token = gl.load(p_bounds + i_list % N)
-    return i_list, n_start, n_stop, n_token
-
-
-@gluon.jit
-def load_entries(p_entries, n_start, n_stop, LAYOUT: gl.constexpr):
-    """Entries (HALF,) from n_start on, and which are real: past the end the last one repeats."""
-    o_list = n_start + gl.arange(0, HALF, LAYOUT)
-    return gl.load(p_entries + gl.minimum(o_list, n_stop - 1)), o_list < n_stop
 
 
 @gluon.jit
@@ -94,10 +148,15 @@ def load_rows(p_base, o_row, i_kv, s_rows, K, G: gl.constexpr, D: gl.constexpr, 
 
 
 @gluon.jit
-def store_entries(p_partial, p_entries, o_result, n_start, n_stop, s_rows, b_rows, D: gl.constexpr, ROWS: gl.constexpr):
-    """Put results (HALF, D) in their entries' places, whole rows at a time by way of shared memory."""
-    s_rows.store(b_rows.to(s_rows.dtype))
-    o_entry, m_row = load_entries(p_entries, n_start, n_stop, gl.SliceLayout(1, ROWS))
-    o_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))
-    p_rows = p_partial + ((o_result + o_entry) * D)[:, None] + o_d[None, :]
-    gl.store(p_rows, s_rows.load(ROWS), mask=m_row[:, None])
+def load_entries(p_entries, n_start, n_stop, LAYOUT: gl.constexpr):
+    """Entries (HALF,) from n_start on, and which are real: past the end the last one repeats."""
+    o_list = n_start + gl.arange(0, HALF, LAYOUT)
+    return gl.load(p_entries + gl.minimum(o_list, n_stop - 1)), o_list < n_stop
+
+
+@gluon.jit
+def find_tile(p_lists, p_of_list, p_offsets, i_tile, N, P, i_part, n_parts, WIDTH: gl.constexpr):
+    """A tile's list, where its entries start, and where the list's stop."""
+    i_list = gl.load(p_lists + i_tile)
+    n_start, n_stop = part_bounds(p_offsets, i_list, N, P, i_part, n_parts)
+    return i_list, n_start + (i_tile - gl.load(p_of_list + i_list)) * (WIDTH * HALF), n_stop
