@@ -31,7 +31,7 @@ from moba_train.attention.kernels.rows import NUMBERS
 TILING = Config(rows=256, keys=64, warps=4, stages=2)  # keys: blocks
 HEAD_DIMS = (64, 128)
 MOST_CHOICES = 8
-LONG_SEGMENT = 1024  # blocks; with fewer a program's start takes too much of its time
+LONG_SEGMENT = 512  # blocks; with far fewer a program's start takes too much of its time
 ROWS: gl.constexpr = gl.constexpr(TILING.rows)
 WARP_ROWS: gl.constexpr = gl.constexpr(16)
 # A multiple of TIE is finite, and twice as much is not.
