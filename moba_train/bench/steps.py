@@ -26,11 +26,11 @@ KERNELS = {  # step -> how the names of its kernels start
         "_find_lists_kernel",
     ),
     "forward": ("routed_forward_", "resident_forward_"),
-    "local + merge": ("merge_kernel",),
+    "local + merge": ("merge_kernel", "merge_hopper_"),
     "backward: row dot": ("row_dot_kernel",),
     "backward: key, value": ("key_value_", "pad_lists_kernel"),
     "backward: query": ("routed_query_",),
-    "backward: local + merge": ("merge_query_kernel",),
+    "backward: local + merge": ("merge_query_",),
 }
 OTHER = "other"  # kernels of no step: sums, fills, casts
 

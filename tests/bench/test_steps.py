@@ -68,8 +68,9 @@ def test_times_go_to_their_steps() -> None:
     times = {
         "_rank_kernel": 1.0,
         "_scatter_kernel": 2.0,
-        "merge_kernel": 3.0,
-        "merge_query_kernel": 4.0,
+        "merge_kernel": 1.0,
+        "merge_hopper_kernel": 2.0,
+        "merge_query_hopper_kernel": 4.0,
         "Memset": 0.5,
     }
     rows = {row["step"]: row for row in step_rows(work, times, RATES)}
