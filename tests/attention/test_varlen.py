@@ -204,6 +204,7 @@ def test_whole_rows_are_exact():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("keep", [False, True], ids=["", "kept"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("head_dim", [64, 128])
