@@ -52,10 +52,8 @@ def gradients(setup: Setup, made: float) -> Parts:
         return {} if elsewhere else {"gradients": sums * count / world}
     if stage == 2:
         return {"gradients": sums * count / world, "reduction bucket": HALF * REDUCE_BUCKET}
-    if elsewhere:  # sums of all parameters, then those of this rank's
-        return {"gradients": sums * present + (made == count) * sums * count / world}
-    if sums == HALF:
-        return {"gradients": HALF * present}
+    if elsewhere or sums == HALF:
+        return {"gradients": sums * present}
     # BF16_Optimizer: fp32 sums are not partitioned, and each parameter's bf16 gradient stays beside them.
     return {"gradients": SINGLE * count + HALF * present}
 
@@ -69,7 +67,8 @@ def reduction(setup: Setup) -> Parts:
         return {}
     if _optimizer_is_elsewhere(setup) or setup.train.gradient_dtype is Precision.bf16:
         sums = SINGLE if setup.train.gradient_dtype is Precision.fp32 else HALF
-        return {"reduction": sums * REDUCE_BUCKET}
+        own = setup.shape.parameters / setup.world_size if _optimizer_is_elsewhere(setup) else 0  # on their way out
+        return {"reduction": sums * (REDUCE_BUCKET + own)}
     # Flattened as they are, and in the type that is sent; a single rank sends nothing.
     sent = setup.train.reduction_dtype or (Precision.bf16 if setup.world_size > 1 else Precision.fp32)
     return {"reduction": (SINGLE + HALF * (sent is Precision.bf16)) * some}

@@ -25,6 +25,7 @@ def counted(*arguments: str) -> dict[str, int]:
     [
         (1, "none", "fp32"),
         (1, "none", "bf16"),
+        (1, "cpu", "fp32"),
         (2, "none", "fp32"),
         (2, "cpu", "fp32"),
         (3, "none", "fp32"),
@@ -42,7 +43,7 @@ def test_states_are_those_of_the_engine(stage: int, offload: str, gradients: str
         del parts["reduction bucket"]  # only while gradients are made
     found = counted(str(stage), offload, gradients)
     assert sum(parts.values()) + states.on_host(setup) == pytest.approx(found["after"], rel=0.01)
-    if (stage, gradients) in ((1, "fp32"), (3, "fp32")):
+    if (stage, gradients) in ((1, "fp32"), (3, "fp32")):  # their peak on so small a model
         reduction = sum(states.reduction(setup).values()) + sum(states.gathered(setup).values())
         assert found["after"] + reduction == pytest.approx(found["peak"], rel=0.01)
 
