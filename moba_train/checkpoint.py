@@ -271,6 +271,8 @@ def _converted(path: Path, made: dict[str, Any], engine, runtime: Runtime) -> Pa
 
 
 def _reason(error: Exception) -> str:
+    if not isinstance(error, OSError) and _WRITER_ERROR.search(str(error)):
+        return "a file was cut short: the disk is full, or no file may be that large"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

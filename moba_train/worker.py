@@ -9,11 +9,15 @@ saved and ended on SIGTERM or SIGUSR1; 1 anything else, a full disk among it.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what follows takes seconds to import: Ctrl-C is no traceback there
+
 import argparse
 import errno
 import json
 import os
-import signal
 import socket
 import sys
 import time
@@ -45,6 +49,7 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, help="accepted from the deepspeed launcher; LOCAL_RANK counts")
     arguments = parser.parse_args()
     folder = arguments.config.resolve().parent
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the launcher ends this rank so, and nohup is not to keep it
     run: Run | None = None
     claimed = None

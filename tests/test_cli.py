@@ -74,6 +74,7 @@ UNCOMPOSED = {
     "wrong type in a stage": (["schedule.stages=[{tokens: abc}]"], ["schedule.stages", "tokens", "abc"]),
     "wrong type in a list": (["wandb.tags=[{a: 1}]"], ["tags[0]", "dict"]),
     "a new key of a table": (["data.mix.weights={books: 1}"], ["data.mix.weights", "books", "+data.mix.weights=…"]),
+    "a sweep without --multirun": (["attention.top_k=1,2"], ["attention.top_k=1,2", "add --multirun", "[a,b]"]),
     "unknown choice": (["attention.kind=mobba"], ["attention.kind", "mobba", "full, moba"]),
     "unknown experiment": (["experiment=hybrid"], ["experiment/hybrid", "hybrid_90_10", "full_only"]),
     "unknown model": (["model=llama_900b"], ["model/llama_900b", "books_base"]),

@@ -9,8 +9,10 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -154,3 +156,12 @@ def test_a_machine_that_is_too_small(
     assert done.returncode == code, done.stderr
     (line,) = error_lines(done.stderr)
     assert all(word in line for word in words), line
+
+
+def test_ctrl_c_while_everything_is_imported_is_no_traceback(tiny_config: Config, tmp_path: Path) -> None:
+    (tmp_path / resolved.FILE).write_text(resolved.to_yaml(tiny_config))
+    begun = subprocess.Popen(local.command(tmp_path / resolved.FILE), stderr=subprocess.PIPE, text=True)
+    time.sleep(0.7)  # Python is up, and torch is not
+    begun.send_signal(signal.SIGINT)
+    assert begun.communicate(timeout=60)[1] == ""
+    assert begun.returncode == -signal.SIGINT

@@ -51,13 +51,13 @@ def run_hydra(
     sys.argv = [f"moba-train {config_name}", *options, *overrides]
     # Without this Hydra prints several lines of its own for each fault and ends the process.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    faults: list[ValueError] = []
+    faults: list[ValueError | OSError] = []
     _sweeps.clear()
 
     def guarded(composed: DictConfig) -> object:
         try:
             return job(composed)
-        except ValueError as error:  # Hydra would print a line of its own before ours
+        except (ValueError, OSError) as error:  # Hydra would print a line of its own before ours
             faults.append(error)
             return None
 
@@ -136,6 +136,8 @@ def _one_line(error: Exception) -> str:
         return f"{unknown[1]}: {cause[0]}; a leading + adds it: +{unknown[1]}=…"
     if unknown:
         return f"{unknown[1]}: {_fault(cause) or 'no such key'}; `moba-train train --cfg job` prints every key"
+    if lines[0].startswith("Ambiguous value"):
+        return f"{lines[0]}: add --multirun to sweep over the values, or write [a,b] for a list"
     if "Available options in" in str(error):
         named = next(i for i, line in enumerate(lines) if line.startswith("Available options in"))
         options = [line for line in lines[named + 1 : _end_of_options(lines)] if not line.startswith("_")]

@@ -20,7 +20,7 @@ from moba_train import embedded
 from moba_train.config import DataConfig, SourceConfig, SourceFormat
 from moba_train.data import repositories
 from moba_train.data.documents import SourceFile, find_files
-from moba_train.data.store import FORMAT, write_json
+from moba_train.data.store import FORMAT, read_json, write_json
 from moba_train.data.tokenizer import Tokenizer, load_tokenizer
 
 INPUTS = "inputs.json"
@@ -117,7 +117,7 @@ def write(folder: Path, wanted: dict[str, Any], tokenizer_path: str, files: File
 def read(folder: Path) -> dict[str, Any] | None:
     """What `write` recorded; None where nothing was begun."""
     file = folder / INPUTS
-    return json.loads(file.read_text("utf-8")) if file.is_file() else None
+    return read_json(file, folder) if file.is_file() else None
 
 
 def summary(files: list[list[Any]]) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def others(folder: Path, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The other stores of the same data name, with their records; the newest first."""
     records = [file for file in folder.parent.glob(f"{glob.escape(name)}-*/{INPUTS}") if file.parent != folder]
     for file in sorted(records, key=lambda file: file.stat().st_mtime_ns, reverse=True):
-        yield file.parent, json.loads(file.read_text("utf-8"))
+        yield file.parent, read_json(file, file.parent)
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

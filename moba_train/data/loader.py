@@ -193,6 +193,11 @@ def make_batch(store: TokenStore, packed: Rows, rows: list[int], max_segments: i
             padding.append(slice(at, end))
             bounds.append(end)
 
+    if (largest := tokens.max()) >= store.vocab_size:  # none was written: on a GPU it would end the run without a word
+        raise ValueError(
+            f"{store.path} holds the token id {largest}, in a vocabulary of {store.vocab_size}: its files were changed "
+            f"since it was made; delete it and prepare it again"
+        )
     cu_seqlens = np.full(len(rows) * max_segments + 1, total, np.int32)
     cu_seqlens[: len(bounds)] = bounds
     starts = np.array(bounds[:-1])

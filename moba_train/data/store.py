@@ -65,7 +65,7 @@ class TokenStore:
         file = path / MANIFEST
         if not file.is_file():
             raise ValueError(f"{path} has no {MANIFEST}: no token store, or an unfinished one; prepare the data first")
-        manifest = json.loads(file.read_text("utf-8"))
+        manifest = read_json(file, path)
         if manifest["format"] != FORMAT:
             raise ValueError(f"{path} has store format {manifest['format']}, not {FORMAT}; prepare the data again")
         return cls(path, manifest)
@@ -198,8 +198,25 @@ class StoreWriter:
 
 def _read_column(path: Path, names: list[str], column: int) -> np.ndarray:
     """(documents,) int64: a column of the shards' tables, which are not in memory all at once."""
-    columns = [np.load(path / f"{name}.documents.npy")[:, column].copy() for name in names]
+    columns = []
+    for name in names:
+        table = path / f"{name}.documents.npy"
+        try:
+            columns.append(np.load(table)[:, column].copy())
+        except (OSError, EOFError, ValueError, IndexError) as error:
+            raise ValueError(f"{table} cannot be read ({error}); delete {path} and prepare it again") from None
     return np.concatenate(columns) if columns else np.empty(0, np.int64)
+
+
+def read_json(file: Path, folder: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: ``file`` is no JSON, though it is written whole or not at all: ``folder`` was damaged since.
+    """
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); delete {folder} and prepare it again") from None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

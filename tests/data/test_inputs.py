@@ -136,3 +136,11 @@ def test_the_embedded_documents_have_one_store_wherever_they_lie(
         source = SourceConfig(name="books", path=str(root / "books" / "heldout"))
         names.append(prepare_store(config(tmp_path, source), TOKENIZER, progress=False))
     assert names[0] == names[1]
+
+
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    data = config(tmp_path, jsonl(tmp_path / "a.jsonl", some_texts(3)))
+    folder = prepare_store(data, TOKENIZER, progress=False)
+    (folder / "inputs.json").write_text("{")
+    with pytest.raises(ValueError, match=r"inputs\.json is damaged \(Expecting .*\); delete \S+ and prepare it again"):
+        prepare_store(data, TOKENIZER, progress=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -203,3 +204,15 @@ def test_documents_about_as_long_as_a_row(tmp_path: Path) -> None:
     assert (len(loader.mix.rows), loader.mix.rows.full_rows) == (104, 102)  # 49 + 1, and 1, go with each other
     seen = np.concatenate([loader.next_step(1)[0].input_ids.flatten() for _ in range(104)])
     assert np.sort(seen[seen != EOS]).tolist() == list(range(1, sum(lengths) + 1))
+
+
+def test_token_ids_that_were_damaged_on_disk_are_refused(store: TokenStore, tmp_path: Path) -> None:
+    """The store is opened without its shards being read: a GPU would end at such an id without a word."""
+    path = tmp_path / "damaged"
+    shutil.copytree(store.path, path)
+    for shard in path.glob("*.tokens"):
+        shard.write_bytes(b"\xff" * shard.stat().st_size)
+    with pytest.raises(
+        ValueError, match=r"damaged holds the token id \d+, in a vocabulary of \d+: .* prepare it again"
+    ):
+        RowLoader(TokenStore.open(path), 64, rows_per_step=8).next_step(8)

@@ -44,7 +44,20 @@ def test_unfinished_or_damaged_stores_are_refused(tmp_path: Path) -> None:
     shard.unlink()
     with pytest.raises(ValueError, match=r"00000\.tokens has -1 bytes"):
         TokenStore.open(store.path)
+    shard.write_bytes(whole)
+    table = store.path / "00000.documents.npy"
+    for damage in (lambda: os.truncate(table, 90), table.unlink):
+        damage()
+        with pytest.raises(
+            ValueError, match=r"00000\.documents\.npy cannot be read \(.*\); delete .* prepare it again"
+        ):
+            TokenStore.open(store.path)
     manifest = store.path / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 9'))
     with pytest.raises(ValueError, match="store format 9, not 3; prepare the data again"):
+        TokenStore.open(store.path)
+    manifest.write_text("{")
+    with pytest.raises(
+        ValueError, match=r"manifest\.json is damaged \(Expecting .*\); delete \S+ and prepare it again"
+    ):
         TokenStore.open(store.path)
