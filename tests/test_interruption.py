@@ -145,6 +145,7 @@ def test_a_rank_that_stands_still_ends_all(two_ranks: Config, tmp_path: Path) ->
     done = run_faulty(two_ranks, tmp_path / "run", fault)
     seconds = time.time() - (tmp_path / began).stat().st_mtime
     assert done.returncode == EXIT_CODE, done.stderr
-    assert seconds < 60 * two_ranks.launch.timeout_minutes + 5 + 8  # and the exit of a Python process, on a machine that others share
+    # And the exit of a Python process, on a machine that others share.
+    assert seconds < 60 * two_ranks.launch.timeout_minutes + 5 + 8
     assert "rank 0 on" in done.stderr and "no progress for 0.2 minutes" in done.stderr and "in step 2" in done.stderr
     assert "step_totals" in done.stderr  # where it waits for the other
