@@ -41,17 +41,29 @@ def check_model(config: Config, schedule: Schedule) -> None:
     _check_backend(config.attention.backend, device, schedule, model)
     refuse_changed_logits(model)
     _check_key_conv(config, model)
-    layers = model.num_hidden_layers
-    heads, kv_heads = (
-        model.num_attention_heads,
-        getattr(model, "num_key_value_heads", None) or model.num_attention_heads,
-    )
+    _check_heads(config, model)
+    _check_stages(config, schedule, model)
+    if (window := sliding_window(model)) is not None:
+        raise ValueError(
+            f"{config.model.name} has sliding_window={window}, which moba and full do not compute: "
+            f"set sliding_window to null in its config.json if it is to read its whole context"
+        )
+    _check_tokenizer(config, model)
+
+
+def _check_heads(config: Config, model: PretrainedConfig) -> None:
+    heads = model.num_attention_heads
+    kv_heads = getattr(model, "num_key_value_heads", None) or heads
     if heads % kv_heads:
         raise ValueError(
             f"{config.model.name} has num_attention_heads={heads} and num_key_value_heads={kv_heads}: the first must "
             f"be a multiple of the second"
         )
     check_slices(config, heads, kv_heads)
+
+
+def _check_stages(config: Config, schedule: Schedule, model: PretrainedConfig) -> None:
+    """Each stage's RoPE, which changes that of the one before, its layers and its mix."""
     parameters = dict(getattr(model, "rope_parameters", None) or {})
     if "rope_type" not in parameters:
         raise ValueError(
@@ -59,6 +71,7 @@ def check_model(config: Config, schedule: Schedule) -> None:
             f"Llama, Mistral or Qwen model"
         )
     _check_sliced_rope(config, parameters, config.model.name)
+    layers = model.num_hidden_layers
     for stage in schedule.stages:
         if stage.full_layers > layers:
             raise ValueError(
@@ -72,11 +85,9 @@ def check_model(config: Config, schedule: Schedule) -> None:
         _check_sliced_rope(config, parameters, f"stage {stage.name}")
         settings, key = stage_mix(config, stage.index)
         check_mix(settings, [source.name for source in config.data.train], key)
-    if (window := sliding_window(model)) is not None:
-        raise ValueError(
-            f"{config.model.name} has sliding_window={window}, which moba and full do not compute: "
-            f"set sliding_window to null in its config.json if it is to read its whole context"
-        )
+
+
+def _check_tokenizer(config: Config, model: PretrainedConfig) -> None:
     tokenizer = load_tokenizer(tokenizer_path(config.model))
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(

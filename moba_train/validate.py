@@ -25,7 +25,9 @@ def validate(config: Config) -> None:
         ValueError: the first setting that cannot be used.
     """
     _names(config)
-    _ranges(config)
+    _least(config)
+    _shares_and_rates(config)
+    _choices(config)
     _memory(config)
     _data(config)
     _sequence_parallel(config)
@@ -53,7 +55,8 @@ def _names(config: Config) -> None:
             )
 
 
-def _ranges(config: Config) -> None:
+def _least(config: Config) -> None:
+    """Sizes and counts."""
     least = {
         "attention.block_size": (config.attention.block_size, 1),
         "attention.top_k": (config.attention.top_k, 1),
@@ -90,6 +93,9 @@ def _ranges(config: Config) -> None:
     for key, (value, minimum) in least.items():
         if not minimum <= value < math.inf:  # NaN is refused too
             raise ValueError(f"{key}={value}: must be at least {minimum}")
+
+
+def _shares_and_rates(config: Config) -> None:
     rate = config.schedule.learning_rate
     shares = {
         "data.heldout_fraction": config.data.heldout_fraction,
@@ -115,15 +121,19 @@ def _ranges(config: Config) -> None:
             value = getattr(stage.learning_rate, end)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"schedule.stages[{index}].learning_rate.{end}={value}: must be at least 0")
-    if config.run.seed >= _SEEDS:
-        raise ValueError(f"run.seed={config.run.seed}: must be below {_SEEDS}")
-    if config.launch.port > _PORTS:
-        raise ValueError(f"launch.port={config.launch.port}: must be at most {_PORTS}, or 0 for any free one")
     if rate.warmup_share + rate.decay_share > 1:
         raise ValueError(
             f"schedule.learning_rate.warmup_share={rate.warmup_share} and decay_share={rate.decay_share} are more "
             f"than the whole run: make their sum at most 1"
         )
+
+
+def _choices(config: Config) -> None:
+    """What is one of a few, or bounded from above."""
+    if config.run.seed >= _SEEDS:
+        raise ValueError(f"run.seed={config.run.seed}: must be below {_SEEDS}")
+    if config.launch.port > _PORTS:
+        raise ValueError(f"launch.port={config.launch.port}: must be at most {_PORTS}, or 0 for any free one")
     if config.attention.key_conv not in (0, *_KEY_CONV_WIDTHS):
         raise ValueError(f"attention.key_conv={config.attention.key_conv}: choose 3 or 5 tokens, or 0 for none")
     traced = config.train.profile_steps

@@ -55,6 +55,9 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) 
     Raises:
         ValueError: names the argument and both values.
     """
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("cu_seqlens", cu_seqlens)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is a {type(tensor).__name__}; give a tensor")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 3:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; give (tokens, heads, head_dim)")

@@ -37,6 +37,7 @@ def test_a_wrong_spec_is_refused(arguments, message):
         ({"query": torch.zeros(0, 4, 8)}, r"query has shape \(0, 4, 8\); give at least one token"),
         ({"query": torch.zeros(7, 4, 8)}, r"key has shape \(6, 2, 8\) and query \(7, 4, 8\)"),
         ({"query": torch.zeros(6, 5, 8)}, "key has 2 heads and query 5"),
+        ({"cu_seqlens": [0, 6]}, "cu_seqlens is a list; give a tensor"),
         ({"cu_seqlens": torch.tensor([6])}, r"cu_seqlens has shape \(1,\)"),
         ({"cu_seqlens": torch.tensor([0, 6])}, "cu_seqlens has dtype torch.int64; give torch.int32"),
         ({"cu_seqlens": torch.tensor([0, 6], dtype=torch.int32, device="meta")}, "cu_seqlens is on meta"),
