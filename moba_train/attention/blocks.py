@@ -45,7 +45,8 @@ def cut(cu_seqlens: Tensor, block_size: int, tokens: int) -> Blocks:
         Blocks with room for N = tokens // block_size + S, the most that S segments can have. On the CPU, where reading
         a value costs nothing, N is the real number. The same object for the same arguments, as long as they live.
     """
-    if cu_seqlens.is_inference():  # has no version by which a change would show
+    # While torch.compile traces there is nothing to keep; an inference tensor has no version by which a change would show.
+    if torch.compiler.is_compiling() or cu_seqlens.is_inference():
         return _cut(cu_seqlens, block_size, tokens)
     known = _CUTS.setdefault(cu_seqlens, {})
     arguments = (block_size, tokens, cu_seqlens._version)
@@ -59,7 +60,8 @@ def _cut(cu_seqlens: Tensor, block_size: int, tokens: int) -> Blocks:
     starts = cu_seqlens[:-1].long()
     counts = (cu_seqlens.long().diff() + block_size - 1) // block_size
     ends = counts.cumsum(0)  # first block after each segment
-    room = int(ends[-1]) if cu_seqlens.device.type == "cpu" else tokens // block_size + segments
+    readable = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+    room = int(ends[-1]) if readable else tokens // block_size + segments
     index = torch.arange(room + 1, device=cu_seqlens.device)
     segment = torch.searchsorted(ends, index, right=True).clamp_(max=segments - 1)  # skips empty segments
     first = (ends - counts)[segment]

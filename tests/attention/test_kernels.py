@@ -361,6 +361,16 @@ def test_more_choices_than_int32_counts_are_refused(tokens, heads, kv_heads, top
     assert found is None if refusal is None else found.startswith(refusal)
 
 
+@kernels
+def test_torch_compile_takes_it_whole():
+    op, _, _ = modules()
+    case = Case("compile", (70, 41), 4, 2, 16, 16, 3)
+    compiled = torch.compile(op.triton_attention, fullgraph=True, backend="aot_eager")
+    found = attend(compiled, case, case.spec, case.tensors(DEVICE, DTYPE))
+    expected = attend(op.triton_attention, case, case.spec, case.tensors(DEVICE, DTYPE))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests above run here themselves")
 def test_all_of_the_above_under_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", __file__]
