@@ -119,6 +119,11 @@ def _flat(config: Config) -> dict[str, Any]:
     return _flatten(OmegaConf.to_container(OmegaConf.structured(config)))
 
 
+def keys() -> list[str]:
+    """Every setting of a configuration that is all defaults, by its full key."""
+    return list(_flat(Config()))
+
+
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, dict) and value:
         pairs = value.items()

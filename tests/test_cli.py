@@ -66,7 +66,10 @@ def test_the_settings_of_these_tests_would_start(settings: list[str], monkeypatc
 
 # (overrides, words the line must hold: key, value, fix)
 UNCOMPOSED = {
-    "typo in a key": (["attention.blok_size=64"], ["attention.blok_size", "--cfg job"]),
+    "typo in a key": (
+        ["attention.blok_size=64"],
+        ["attention.blok_size", "did you mean attention.block_size?", "--cfg job"],
+    ),
     "unknown section": (["atention.block_size=64"], ["atention"]),
     "key added past the schema": (["+attention.zzz=1"], ["attention.zzz"]),
     "typo in a stage": (["schedule.stages=[{nam: x}]"], ["schedule.stages", "nam"]),

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moba_train import embedded
 from moba_train.config import Config
-from moba_train.resolved import RESUMABLE
+from moba_train.resolved import RESUMABLE, keys
 
 _SWEPT = "MOBA_TRAIN_SWEPT"
 _LONGEST_NAME = 120  # of a sweep's run directory; file systems stop at 255 bytes
@@ -135,7 +136,9 @@ def _one_line(error: Exception) -> str:
     if (unknown := re.match(r"Could not override '(.+)'", lines[0])) and "is not in struct" in "".join(cause[:1]):
         return f"{unknown[1]}: {cause[0]}; a leading + adds it: +{unknown[1]}=…"
     if unknown:
-        return f"{unknown[1]}: {_fault(cause) or 'no such key'}; `moba-train train --cfg job` prints every key"
+        nearest = get_close_matches(unknown[1], keys(), 1)
+        meant = f"did you mean {nearest[0]}? " if nearest else ""
+        return f"{unknown[1]}: {_fault(cause) or 'no such key'}; {meant}`moba-train train --cfg job` prints every key"
     if lines[0].startswith("Ambiguous value"):
         return f"{lines[0]}: add --multirun to sweep over the values, or write [a,b] for a list"
     if "Available options in" in str(error):
