@@ -13,8 +13,9 @@ MOST_CHOICES = 16
 
 
 def serves(sizes: Sizes) -> bool:
-    """Whether whole tokens fill a warpgroup's rows, and the choices' log-sum-exps have room."""
-    return HALF.value % sizes.group == 0 and sizes.choose <= MOST_CHOICES
+    """Whether whole tokens fill a warpgroup's rows, and the choices' log-sum-exps have room. Not for one choice (top_k
+    2): these kernels have not been shown right there, Triton's have."""
+    return HALF.value % sizes.group == 0 and sizes.choose <= MOST_CHOICES and sizes.choose != 1
 
 
 def described_partial(partial: torch.Tensor, key: torch.Tensor, sizes: Sizes) -> TensorDescriptor:
