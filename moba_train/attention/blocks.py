@@ -45,7 +45,7 @@ def cut(cu_seqlens: Tensor, block_size: int, tokens: int) -> Blocks:
         Blocks with room for N = tokens // block_size + S, the most that S segments can have. On the CPU, where reading
         a value costs nothing, N is the real number. The same object for the same arguments, as long as they live.
     """
-    # While torch.compile traces there is nothing to keep; an inference tensor has no version by which a change would show.
+    # While torch.compile traces there is nothing to keep, and an inference tensor has no version that tells of changes.
     if torch.compiler.is_compiling() or cu_seqlens.is_inference():
         return _cut(cu_seqlens, block_size, tokens)
     known = _CUTS.setdefault(cu_seqlens, {})
