@@ -22,6 +22,15 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 SHAPES_A_TILING = 21
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_given_back():
+    """Many test processes share one GPU."""
+    yield
+    torch.cuda.empty_cache()
+
+
 TILINGS = [  # heads, kv_heads, head_dim, block_size, top_k
     (4, 2, 64, 16, 3),
     (2, 2, 64, 64, 4),
