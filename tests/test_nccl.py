@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from moba_train.config import Config, Device, Precision
+from moba_train.config import Config, Device, LaunchConfig, Precision
+from moba_train.parallel import local
 from test_distributed import config_of, start, wait_for, workers_of
 from test_sequence import Facts, assert_same, case, facts_of, packed
 
@@ -32,12 +35,24 @@ FP32 = {
 }
 
 
+def fresh_ranks(script: Path, arguments: list[str], ranks: int) -> None:
+    """Run a script as every rank, none of them forked: CUDA does not outlive a fork."""
+    environments = local.environments(LaunchConfig(gpus=ranks, threads=1), script.parent)
+    command = [sys.executable, str(script), *arguments]
+    processes = [subprocess.Popen(command, env={**os.environ, **environment}) for environment in environments]
+    try:
+        assert [process.wait(timeout=300) for process in processes] == [0] * ranks
+    finally:
+        for process in processes:
+            process.kill()
+
+
 @pytest.fixture(scope="module")
 def fp32(tiny_config_module: Config, tiny_corpus: Path, tmp_path_factory) -> Facts:
     folder = tmp_path_factory.mktemp("fp32")
     config = packed(tiny_config_module, tiny_corpus, folder)
     config.launch.device, config.attention.backend = Device.auto, "reference"
-    return facts_of(config, folder, FP32)
+    return facts_of(config, folder, FP32, fresh_ranks)
 
 
 @pytest.mark.parametrize("one", FP32[2], ids=lambda one: one["name"])
@@ -55,7 +70,7 @@ def test_two_gpus_give_the_losses_of_one_with_the_kernels(
     config = packed(tiny_config_module, tiny_corpus, folder)
     config.launch.device, config.attention.backend, config.train.precision = Device.auto, "triton", Precision.bf16
     config.model.architecture["head_dim"] = 64
-    facts = facts_of(config, folder, BF16)
+    facts = facts_of(config, folder, BF16, fresh_ranks)
     assert_same(facts(2, "bf16, 2 GPUs"), facts(1, "bf16, 1 GPUs"), loss=2e-2, gradients=5e-2)
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,8 +124,10 @@ def facts(tiny_config_module: Config, tiny_corpus: Path, tmp_path_factory) -> Fa
     return facts_of(packed(tiny_config_module, tiny_corpus, folder), folder, CASES)
 
 
-def facts_of(config: Config, folder: Path, cases: dict[int, list[dict]]) -> Facts:
-    """Facts of a case; all cases of a number of ranks come from one start."""
+def facts_of(
+    config: Config, folder: Path, cases: dict[int, list[dict]], run: Callable[[Path, list[str], int], Any] = run_ranks
+) -> Facts:
+    """Facts of a case; all cases of a number of ranks come from one start, by ``run``."""
     (folder / resolved.FILE).write_text(resolved.to_yaml(config))
     prepare_store(config.data, str(config.model.tokenizer), progress=False)
     script = Path(__file__).with_name("sequence_facts.py")
@@ -132,7 +135,7 @@ def facts_of(config: Config, folder: Path, cases: dict[int, list[dict]]) -> Fact
     def get(ranks: int, name: str) -> dict:
         if not (folder / f"{name}.pt").exists():
             arguments = [str(folder / resolved.FILE), json.dumps(cases[ranks]), str(folder)]
-            run_ranks(script, arguments, ranks)
+            run(script, arguments, ranks)
         return torch.load(folder / f"{name}.pt")
 
     return get
