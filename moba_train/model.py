@@ -175,9 +175,16 @@ def load_model(model: ModelConfig, precision: Precision, key_conv: int = 0) -> P
     if own:
         keywords |= {"config": configuration, "variant": key_conv_folder.VARIANT}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            _location(model), trust_remote_code=False, **keywords, **_how(model)
+        read: Any = AutoModelForCausalLM.from_pretrained(
+            _location(model),
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # or its error would name none; they are refused below
+            **keywords,
+            **_how(model),
         )
+        loaded, found = read
+        _refuse_other_weights(model, found)
         if width:
             hf_attention.add_key_convolutions(loaded, width)
         if own:
@@ -186,6 +193,21 @@ def load_model(model: ModelConfig, precision: Precision, key_conv: int = 0) -> P
         raise ValueError(f"model.path={model.path} cannot be loaded ({_one_line(error)})") from None
     # A loaded model comes in evaluation mode, without dropout and without activation checkpointing.
     return loaded.train()
+
+
+def _refuse_other_weights(model: ModelConfig, found: dict[str, Any]) -> None:
+    """Refuse files without some of the model's weights, which transformers would start from random numbers."""
+    where = f"model.path={model.path}"
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{where} lacks weights that its config.json asks for ({len(missing)} of them, {missing[0]} first): give "
+            f"the whole folder of a causal language model"
+        )
+    if found["mismatched_keys"]:
+        name, saved, asked = min(found["mismatched_keys"])
+        raise ValueError(
+            f"{where}: {name} has shape {tuple(saved)}, and by config.json {tuple(asked)}: give the two of one model"
+        )
 
 
 def _location(model: ModelConfig) -> str:

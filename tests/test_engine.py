@@ -10,7 +10,7 @@ import torch
 
 from moba_train.config import Config, OffloadConfig, OffloadDevice, Precision, TrainConfig
 from moba_train.metrics_file import read_rows
-from moba_train.parallel.engine import check_disk, engine_config
+from moba_train.parallel.engine import check_disk, engine_config, loading_in_parts
 from moba_train.runtime import Runtime
 from tiny import run_forked, run_ranks
 
@@ -94,6 +94,16 @@ def test_nvme_needs_a_folder_and_libaio(tmp_path: Path, monkeypatch) -> None:
         check_disk(offload)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
     check_disk(offload)
+
+
+def test_a_disk_for_parameters_is_checked_before_they_are_loaded_to_it(tmp_path: Path) -> None:
+    offload = OffloadConfig(OffloadDevice.nvme, OffloadDevice.nvme, nvme_path=str(tmp_path / "none"))
+    train = TrainConfig(zero_stage=3, offload=offload)
+    with (
+        pytest.raises(ValueError, match=r"train\.offload\.nvme_path=.*none is no folder"),
+        loading_in_parts(train, Runtime(0, 1, 0, torch.device("cpu"))),
+    ):
+        pass
 
 
 @pytest.mark.distributed

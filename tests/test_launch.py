@@ -122,6 +122,9 @@ def test_the_allocator_is_the_users_own_under_either_name(monkeypatch, tmp_path:
         with monkeypatch.context() as users:
             users.setenv(name, "max_split_size_mb:512")
             assert "PYTORCH_ALLOC_CONF" not in variables.of_processes(LaunchConfig(gpus=1), tmp_path)
+    users_own = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}
+    given = variables.of_processes(LaunchConfig(gpus=1, environment=users_own), tmp_path)
+    assert users_own.items() <= given.items() and "PYTORCH_ALLOC_CONF" not in given
 
 
 @pytest.mark.parametrize(

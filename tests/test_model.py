@@ -137,6 +137,19 @@ def test_weights_that_are_missing_or_damaged(folder: Path, tmp_path: Path) -> No
     assert "\n" not in str(caught.value)
 
 
+def test_weights_that_are_not_those_of_the_configuration(folder: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(folder).model.save_pretrained(tmp_path)  # without its output layer
+    with pytest.raises(ValueError, match=r"lacks weights .* \(1 of them, lm_head\.weight first\)"):
+        load_model(ModelConfig(path=str(tmp_path)), Precision.fp32)
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    described = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**described, "intermediate_size": 64}))
+    with pytest.raises(
+        ValueError, match=r"mlp\.down_proj\.weight has shape \(32, 48\), and by config\.json \(32, 64\)"
+    ):
+        load_model(ModelConfig(path=str(tmp_path)), Precision.fp32)
+
+
 def test_tokenizer_path(folder: Path) -> None:
     assert tokenizer_path(ModelConfig(path=str(folder))) == str(folder)
     assert tokenizer_path(ModelConfig(path=str(folder), tokenizer="other")) == "other"

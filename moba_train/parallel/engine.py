@@ -47,6 +47,7 @@ def loading_in_parts(train: TrainConfig, runtime: Runtime) -> Iterator[None]:
     from transformers.integrations import HfDeepSpeedConfig
 
     _deepspeed(runtime)
+    check_disk(train.offload)
     seen = HfDeepSpeedConfig(engine_config(train, runtime))  # transformers looks at it for as long as it is there
     try:
         yield

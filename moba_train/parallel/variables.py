@@ -33,7 +33,7 @@ def of_processes(launch: LaunchConfig, folder: Path) -> dict[str, str]:
     ours = dict(PYTHON)
     if launch.device is not Device.cpu:
         ours |= {**NCCL, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(folder / "nccl_trace_rank_")}
-        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ | launch.environment:
             ours |= ALLOCATOR
     return _unset(ours) | launch.environment
 
