@@ -112,7 +112,7 @@ class StoreWriter:
         self.shards: list[dict[str, Any]] = []
         self.state: dict[str, Any] | None = None
         while (record := path / f"{len(self.shards):05d}.json").is_file():
-            content = json.loads(record.read_text("utf-8"))
+            content = read_json(record, path)
             self.shards.append(content["shard"])
             self.state = content["state"]
         kept = {f"{shard['name']}.{suffix}" for shard in self.shards for suffix in ("tokens", "documents.npy", "json")}

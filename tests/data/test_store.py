@@ -61,3 +61,12 @@ def test_unfinished_or_damaged_stores_are_refused(tmp_path: Path) -> None:
         ValueError, match=r"manifest\.json is damaged \(Expecting .*\); delete \S+ and prepare it again"
     ):
         TokenStore.open(store.path)
+
+
+def test_a_damaged_record_of_an_interrupted_writer_is_named(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path / "store", vocab_size=10, shard_bytes=1)
+    writer.add([np.array([3], np.uint16)], source=0)
+    writer.close_shard({})
+    (tmp_path / "store/00000.json").write_text("")
+    with pytest.raises(ValueError, match=r"00000\.json is damaged \(.*\); delete \S+store and prepare it again"):
+        StoreWriter(tmp_path / "store", vocab_size=10, shard_bytes=1)
