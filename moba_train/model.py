@@ -147,7 +147,8 @@ def key_conv_width(configuration: PretrainedConfig, asked: int) -> int:
 
 
 def load_model(model: ModelConfig, precision: Precision, key_conv: int = 0) -> PreTrainedModel:
-    """The model in ``precision``, on the CPU, in training mode, with the attention implementation ``moba`` and no plan.
+    """The model in ``precision``, in training mode, with the attention implementation ``moba`` and no plan; on the CPU
+    unless it is loaded in parts (ZeRO 3).
 
     A new model's weights come from torch's global generator, so seed it before.
 
