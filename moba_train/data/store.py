@@ -48,8 +48,7 @@ class TokenStore:
             size = file.stat().st_size if file.exists() else -1
             if size != expected:
                 raise ValueError(f"{file} has {size} bytes, not {expected}; delete {path} and prepare it again")
-        self.lengths = _read_column(path, names, 0)
-        self.sources = _read_column(path, names, 1)
+        self.lengths, self.sources = _read_columns(path, names, 0, 1)
         self._names = names
         self._shard_documents = np.cumsum([0, *(shard["documents"] for shard in manifest["shards"])])
         # Offsets from the start of the document's own shard.
@@ -83,7 +82,7 @@ class TokenStore:
 
     def digests(self) -> np.ndarray:
         """(documents,) int64: the digest of each document's text."""
-        return _read_column(self.path, self._names, 2)
+        return _read_columns(self.path, self._names, 2)[0]
 
     def verify(self) -> None:
         """Read every shard and compare its sha256 with the manifest's."""
@@ -130,7 +129,7 @@ class StoreWriter:
 
     def digests(self) -> np.ndarray:
         """(documents,) int64: the digests of the documents in whole shards."""
-        return _read_column(self.path, [shard["name"] for shard in self.shards], 2)
+        return _read_columns(self.path, [shard["name"] for shard in self.shards], 2)[0]
 
     def add(self, parts: list[np.ndarray], source: int, digest: int = 0) -> bool:
         """Append one document, given in parts. True when its shard is now full: the caller then calls `close_shard`."""
@@ -196,16 +195,18 @@ class StoreWriter:
         write_json(self.path / MANIFEST, manifest)
 
 
-def _read_column(path: Path, names: list[str], column: int) -> np.ndarray:
-    """(documents,) int64: a column of the shards' tables, which are not in memory all at once."""
-    columns = []
+def _read_columns(path: Path, names: list[str], *numbers: int) -> list[np.ndarray]:
+    """(documents,) int64 each: columns of the shards' tables, which are not in memory all at once."""
+    columns: list[list[np.ndarray]] = [[] for _ in numbers]
     for name in names:
-        table = path / f"{name}.documents.npy"
+        file = path / f"{name}.documents.npy"
         try:
-            columns.append(np.load(table)[:, column].copy())
+            table = np.load(file)
+            for column, number in zip(columns, numbers, strict=True):
+                column.append(table[:, number].copy())
         except (OSError, EOFError, ValueError, IndexError) as error:
-            raise ValueError(f"{table} cannot be read ({error}); delete {path} and prepare it again") from None
-    return np.concatenate(columns) if columns else np.empty(0, np.int64)
+            raise ValueError(f"{file} cannot be read ({error}); delete {path} and prepare it again") from None
+    return [np.concatenate(column) if column else np.empty(0, np.int64) for column in columns]
 
 
 def read_json(file: Path, folder: Path) -> dict[str, Any]:
