@@ -23,9 +23,6 @@ from moba_train.attention.varlen import varlen
 
 log = logging.getLogger(__name__)
 
-# Earlier blocks that Triton's gate keeps for a query, in registers: 2,048 compile in 20 s, 4,096 not in 3 minutes.
-MOST_CHOSEN = 2048
-
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor, int, AttentionSpec, float], Tensor]
 
 
@@ -51,10 +48,6 @@ def _triton_refuses(query: Tensor, key: Tensor, spec: AttentionSpec) -> str | No
         return f"it needs a CUDA device, and query is on {query.device}"
     if find_spec("triton") is None:
         return "the triton package is not installed"
-    block_size, top_k = spec.moba if spec.kind == "moba" else (1, 1)
-    chosen = min(top_k - 1, (len(query) - 1) // block_size)
-    if chosen > MOST_CHOSEN:
-        return f"top_k {top_k} is {chosen} earlier blocks a query, above {MOST_CHOSEN}; use a larger block_size"
     from moba_train.attention.kernels.op import refuses
 
     return refuses(query, key, spec)

@@ -19,10 +19,11 @@ from moba_train.attention.kernels.pool import pool
 from moba_train.attention.kernels.route import Lists, parts_of
 from moba_train.attention.kernels.route import route as make_lists
 from moba_train.attention.kernels.select import choice_type, select
-from moba_train.attention.spec import AttentionSpec
+from moba_train.attention.spec import AttentionSpec, check_scale
 
 SMALLEST_BLOCK = 16  # keys of the smallest tensor-core product
 HEAD_DIMS = range(16, 257, 8)  # 16: the shortest sum of a tensor-core product
+MOST_CHOSEN = 2048  # earlier blocks of a query, which the gate keeps in registers: 4,096 do not compile in 3 minutes
 MOST_ENTRIES = 1 << 30  # of one kv head: entries and their padding are counted in int32
 MOST_CHOICES = (1 << 31) - (1 << 20)  # of all heads: their lists have int32 bounds, and are read a tile ahead
 
@@ -185,7 +186,10 @@ def refuses(query: Tensor, key: Tensor, spec: AttentionSpec) -> str | None:
         return f"it takes head_dim in multiples of 8 from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, and query has {head_dim}"
     if block_size < SMALLEST_BLOCK:
         return f"block_size {block_size} is below {SMALLEST_BLOCK}"
-    choices = tokens * heads * min(top_k - 1, (tokens - 1) // block_size)  # at most: one segment has most blocks
+    chosen = min(top_k - 1, (tokens - 1) // block_size)  # at most: one segment has most blocks
+    if chosen > MOST_CHOSEN:
+        return f"top_k {top_k} is {chosen} earlier blocks a query, above {MOST_CHOSEN}; use a larger block_size"
+    choices = tokens * heads * chosen
     for whose, made, most in (
         ("one kv head makes", choices // key.shape[1], MOST_ENTRIES),
         ("there are", choices, MOST_CHOICES),
@@ -204,11 +208,10 @@ def triton_attention(
     neighbouring segment that share a tile with it.
 
     Raises:
-        ValueError: a scale that is not positive.
+        ValueError: as ``check_scale``.
     """
     block_size, top_k = spec.moba
-    if not scale > 0:
-        raise ValueError(f"scale is {scale}; the triton backend needs one above 0")
+    check_scale(scale)
     top_k = min(top_k, (max_seqlen - 1) // block_size + 1)  # blocks of the longest segment
     blocks = cut(cu_seqlens, block_size, len(query))
     bounds = (blocks.bounds, blocks.first, blocks.of_token)
