@@ -6,10 +6,10 @@ READY := $(VENV)/.ready
 
 # Two test processes share two cores; OpenMP threads that spin while idle would take them from each other.
 export OMP_WAIT_POLICY := PASSIVE
-test test-distributed test-oldest: export OMP_NUM_THREADS := 1
+test test-distributed test-gpu test-oldest: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-distributed test-oldest check format bench corpus assets wheel clean
+.PHONY: help setup train test test-distributed test-gpu test-oldest check format bench corpus assets wheel clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -30,6 +30,9 @@ test: $(READY) ## the CPU test suite (under 4 minutes on 2 cores)
 
 test-distributed: $(READY) ## the tests that start several processes
 	$(BIN)/python -m pytest -m distributed
+
+test-gpu: $(READY) ## the tests that need a GPU, and those that need two where there are two
+	$(BIN)/python -m pytest -m gpu -n auto --maxprocesses 16 --dist loadgroup --live
 
 test-oldest: $(READY) ## the model tests against the oldest transformers that is allowed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .oldest transformers==5.17.0 'huggingface_hub<2'

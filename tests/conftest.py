@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,45 @@ from moba_train.config import (
     WandbMode,
 )
 from tiny import TINY_LLAMA
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--live", action="store_true", help="print each test's seconds, and why it failed, as it ends")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--live") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Live())
+
+
+class Live:
+    """Nothing that was seen is lost with a run that is cut off, by a hang or by its time."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+        self.running: dict[str, None] = {}
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.running[nodeid] = None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.failed:
+            at = f"{time.monotonic() - self.start:5.0f} s"
+            print(f"\n{at}  {report.outcome} in {report.duration:.1f} s: {report.nodeid}", end=" ", flush=True)
+        if report.failed:
+            print(f"\n{report.longreprtext[-4000:]}", flush=True)
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self.running.pop(nodeid, None)
+
+    def pytest_sessionfinish(self) -> None:
+        for nodeid in self.running:
+            print(f"\ndid not end: {nodeid}", flush=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests on a GPU first, so that no process ends with one while the others wait."""
+    items.sort(key=lambda item: "test_kernels_gpu" not in item.nodeid)
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ from test_sequence import Facts, assert_same, case, facts_of, packed
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+    pytest.mark.xdist_group("nccl"),  # one process: its tests share what the ranks computed
 ]
 
 ZERO = [case(f"2 ranks, ZeRO {stage}", 2, stage) for stage in (0, 1, 2, 3)]

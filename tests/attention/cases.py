@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from moba_train.attention import AttentionSpec
 from moba_train.attention.backends import AttentionFunction
 from moba_train.attention.blocks import Blocks
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
 # Largest error over the largest value: a backend rounds once or twice where the fp32 reference does not.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 

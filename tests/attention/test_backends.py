@@ -18,16 +18,18 @@ FULL = AttentionSpec("full")
 
 
 NEED_CUDA = {"triton", "flash_moba", "moonshot"}  # triton's kernels run on a CPU in test_kernels.py
+ON_CPU = [name for name in BACKENDS if name not in {"reference", *NEED_CUDA}]
+ON_GPU = [name for name in BACKENDS if name != "reference" and torch.cuda.is_available()]
 
 
 @pytest.fixture(
     params=[
-        pytest.param(name, marks=[pytest.mark.gpu] if name in NEED_CUDA else [])
-        for name in BACKENDS
-        if name != "reference"
+        *(pytest.param((name, "cpu"), id=f"{name}-cpu") for name in ON_CPU),
+        *(pytest.param((name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu) for name in ON_GPU),
     ]
 )
-def backend(request) -> str:
+def place(request) -> tuple[str, str]:
+    """Backend and device."""
     return request.param
 
 
@@ -41,8 +43,9 @@ def dtype(request) -> torch.dtype:
     return request.param
 
 
-def compare(backend: str, case: Case, spec: AttentionSpec, device: str, dtype: torch.dtype, seed: int = 0) -> None:
+def compare(place: tuple[str, str], case: Case, spec: AttentionSpec, dtype: torch.dtype, seed: int = 0) -> None:
     """Hold a backend against the fp32 reference of the same (rounded) inputs."""
+    backend, device = place
     tensors = case.tensors(device, dtype, seed)
     refusal = BACKENDS[backend].refuses(*tensors[:2], spec)
     if refusal:
@@ -54,8 +57,8 @@ def compare(backend: str, case: Case, spec: AttentionSpec, device: str, dtype: t
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_moba_matches_the_reference(backend, case, device, dtype):
-    compare(backend, case, case.spec, device, dtype)
+def test_moba_matches_the_reference(place, case, dtype):
+    compare(place, case, case.spec, dtype)
 
 
 def test_triton_refuses_more_blocks_than_its_gate_keeps(monkeypatch):
@@ -70,12 +73,12 @@ def test_triton_refuses_more_blocks_than_its_gate_keeps(monkeypatch):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_full_matches_the_reference(backend, case, device, dtype):
-    compare(backend, case, FULL, device, dtype)
+def test_full_matches_the_reference(place, case, dtype):
+    compare(place, case, FULL, dtype)
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_random_shapes_match_the_reference(backend, device, seed):
+def test_random_shapes_match_the_reference(place, seed):
     draw = random.Random(seed)
     kv_heads = draw.choice([1, 2, 3])
     case = Case(
@@ -90,8 +93,8 @@ def test_random_shapes_match_the_reference(backend, device, seed):
         block_size=draw.choice([16, 32, draw.randint(16, 80)]),
         top_k=draw.randint(1, 6),
     )
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    compare(backend, case, case.spec, device, dtype, seed)
+    dtype = torch.float32 if place[1] == "cpu" else torch.bfloat16
+    compare(place, case, case.spec, dtype, seed)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

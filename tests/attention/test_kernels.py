@@ -22,8 +22,11 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is n
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPE = torch.float16  # the interpreter knows no bfloat16 products
-kernels = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="runs in the process that the last test starts"
+ON_GPU = not INTERPRETED and torch.cuda.is_available()
+kernels = (
+    pytest.mark.gpu
+    if ON_GPU
+    else pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the last test starts")
 )
 SHARED = {
     "empty_segments",
@@ -371,7 +374,7 @@ def test_torch_compile_takes_it_whole():
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests above run here themselves")
+@pytest.mark.skipif(INTERPRETED or ON_GPU, reason="the tests above run here themselves")
 def test_all_of_the_above_under_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", __file__]
     done = subprocess.run(

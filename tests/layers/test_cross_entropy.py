@@ -44,6 +44,19 @@ def test_losses_of_bf16_logits_are_not_rounded_to_bf16() -> None:
     torch.testing.assert_close(losses, expected(logits, targets)[0])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tokens", "vocabulary"), CASES)
+def test_the_kernel_on_the_gpu(tokens: int, vocabulary: int, dtype: torch.dtype) -> None:
+    logits, targets = made(tokens, vocabulary)
+    logits, targets = logits.to("cuda", dtype), targets.to("cuda")
+    wanted, slopes = expected(logits.float(), targets)
+    losses, gradient = losses_and_gradient(logits, targets, True)
+    assert gradient.data_ptr() == logits.data_ptr(), "in place"
+    torch.testing.assert_close(losses, wanted)
+    torch.testing.assert_close(gradient.float(), slopes, rtol=4e-3 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
 def test_the_kernel_interpreted() -> None:
     """In a process of its own: Triton decides on its interpreter when a kernel is defined."""
     pytest.importorskip("triton")
