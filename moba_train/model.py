@@ -7,6 +7,7 @@ saves unchanged.
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +25,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _WEIGHTS = (".safetensors", ".bin")
+_MISMATCH = re.compile(r"size mismatch for (\S+): .*?\[([\d, ]*)\].*?\[([\d, ]*)\]")  # torch's words
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
-def model_configuration(model: ModelConfig) -> PretrainedConfig:
+def model_configuration(model: ModelConfig, weights: bool = True) -> PretrainedConfig:
     """The Hugging Face configuration of a model, without its weights.
 
     The checkpoint's own configuration wins: an ``architecture`` beside a ``path`` tells ``plan`` the sizes of a model
     that is not at hand, and must agree with it.
+
+    Args:
+        weights: refuse a folder without any.
 
     Raises:
         ValueError: neither path nor architecture, two that differ, a folder without config.json, an unknown model_type.
@@ -43,7 +48,7 @@ def model_configuration(model: ModelConfig) -> PretrainedConfig:
         )
     if model.path is None:
         return described_configuration(model)
-    loaded = _loaded_configuration(model)
+    loaded = _loaded_configuration(model, weights)
     if model.architecture:
         _check_description(loaded, model)
     return loaded
@@ -63,7 +68,8 @@ def described_configuration(model: ModelConfig) -> PretrainedConfig:
 
 
 def planned_shape(model: ModelConfig, key_conv: int = 0) -> DecoderShape:
-    """The sizes of a model, from ``model.architecture`` where it is given: the files may not be at hand.
+    """The sizes of a model, from ``model.architecture`` where it is given, else from its config.json: the weights need
+    not be at hand.
 
     Args:
         key_conv: ``attention.key_conv``.
@@ -71,7 +77,7 @@ def planned_shape(model: ModelConfig, key_conv: int = 0) -> DecoderShape:
     Raises:
         ValueError: as ``model_configuration``, or no Llama-shaped decoder.
     """
-    configuration = described_configuration(model) if model.architecture else model_configuration(model)
+    configuration = described_configuration(model) if model.architecture else model_configuration(model, weights=False)
     return replace(DecoderShape.from_config(configuration), key_conv=key_conv_width(configuration, key_conv))
 
 
@@ -84,7 +90,7 @@ def _check_description(loaded: PretrainedConfig, model: ModelConfig) -> None:
             )
 
 
-def _loaded_configuration(model: ModelConfig) -> PretrainedConfig:
+def _loaded_configuration(model: ModelConfig, weights: bool) -> PretrainedConfig:
     assert model.path is not None
     looks_local = model.path.startswith((".", "/", "~")) or model.path.count("/") != 1
     folder = Path(model.path).expanduser()
@@ -94,7 +100,7 @@ def _loaded_configuration(model: ModelConfig) -> PretrainedConfig:
         )
     if folder.is_dir() and model.gguf_file is None and not (folder / "config.json").is_file():
         raise ValueError(f"model.path={model.path} holds no config.json: give a Hugging Face model folder")
-    if folder.is_dir() and model.gguf_file is None and not _holds_weights(folder):
+    if weights and folder.is_dir() and model.gguf_file is None and not _holds_weights(folder):
         raise ValueError(f"model.path={model.path} holds no weights ({' or '.join(_WEIGHTS)}): give the whole folder")
     try:
         location, how = _location(model), _how(model)
@@ -147,10 +153,10 @@ def key_conv_width(configuration: PretrainedConfig, asked: int) -> int:
 
 
 def load_model(model: ModelConfig, precision: Precision, key_conv: int = 0) -> PreTrainedModel:
-    """The model in ``precision``, in training mode, with the attention implementation ``moba`` and no plan; on the CPU
-    unless it is loaded in parts (ZeRO 3).
+    """The model in ``precision``, in training mode, with the attention implementation ``moba`` and no plan; on torch's
+    default device unless it is loaded in parts (ZeRO 3).
 
-    A new model's weights come from torch's global generator, so seed it before.
+    A new model's weights come from that device's global generator, so seed it before.
 
     Args:
         key_conv: ``attention.key_conv``; key convolutions that the model lacks are added with weights 0.
@@ -192,6 +198,10 @@ def load_model(model: ModelConfig, precision: Precision, key_conv: int = 0) -> P
             key_conv_folder.load_convolutions(loaded, _location(model))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"model.path={model.path} cannot be loaded ({_one_line(error)})") from None
+    except RuntimeError as error:  # of loading in parts, on rank 0: transformers reports no shapes there
+        if (mismatch := _MISMATCH.search(str(error))) is None:
+            raise
+        raise ValueError(_other_shape(model, *mismatch.groups())) from None
     # A loaded model comes in evaluation mode, without dropout and without activation checkpointing.
     return loaded.train()
 
@@ -205,10 +215,14 @@ def _refuse_other_weights(model: ModelConfig, found: dict[str, Any]) -> None:
             f"the whole folder of a causal language model"
         )
     if found["mismatched_keys"]:
-        name, saved, asked = min(found["mismatched_keys"])
-        raise ValueError(
-            f"{where}: {name} has shape {tuple(saved)}, and by config.json {tuple(asked)}: give the two of one model"
-        )
+        name, *shapes = min(found["mismatched_keys"])
+        raise ValueError(_other_shape(model, name, *(", ".join(map(str, shape)) for shape in shapes)))
+
+
+def _other_shape(model: ModelConfig, name: str, saved: str, asked: str) -> str:
+    return (
+        f"model.path={model.path}: {name} has shape ({saved}), and by config.json ({asked}): give the two of one model"
+    )
 
 
 def _location(model: ModelConfig) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from moba_train import checkpoint
 from moba_train.assemble import assemble
-from moba_train.config import Config
+from moba_train.config import Config, OffloadDevice
 from moba_train.cost import DecoderShape
 from moba_train.data.loader import Batch, RowLoader, heldout_batches
 from moba_train.data.store import TokenStore
@@ -82,8 +82,7 @@ def build(config: Config, folder: Path, runtime: Runtime) -> Run:
     """Load or resume everything a step needs. Reads; writes nothing but metrics.jsonl's cut to the resumed step."""
     seed_everything(config.run.seed)
     schedule = build_schedule(config)
-    given = config.model.path is not None and config.model.gguf_file is None  # random weights are the same at any stage
-    with loading_in_parts(config.train, runtime) if given else nullcontext():
+    with _weights_where_wanted(config, runtime):
         model = load_model(config.model, config.train.precision, config.attention.key_conv)
     own_rope = dict(model.config.rope_parameters)
     engine = assemble(model, config, runtime)
@@ -127,6 +126,14 @@ def build(config: Config, folder: Path, runtime: Runtime) -> Run:
         if (before := state["arithmetic"]) != (now := _arithmetic(runtime)):
             say(run, f"saved on {before} and resumed on {now}: equal up to rounding, not to the bit")
     return run
+
+
+def _weights_where_wanted(config: Config, runtime: Runtime) -> AbstractContextManager:
+    """What ``load_model`` is called in: files are read on the CPU, or in parts; random numbers are drawn on the device,
+    where a billion take no second, and a CPU twenty. These are the same at any ZeRO stage."""
+    if config.model.path is None:
+        return nullcontext() if config.train.offload.parameters is not OffloadDevice.none else runtime.device
+    return nullcontext() if config.model.gguf_file is not None else loading_in_parts(config.train, runtime)
 
 
 def save(run: Run) -> None:

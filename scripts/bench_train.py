@@ -1,10 +1,10 @@
-"""Training speed and memory on one GPU, MoBA against dense attention: python scripts/bench_train.py [CASE ...]
+"""Training speed and memory on a GPU or several, MoBA against dense attention: python scripts/bench_train.py [CASE ...]
 
 Whole optimizer steps through ``train_step.optimize`` and DeepSpeed, of models with random weights on random tokens, one
 row one segment. Dense is the kind ``full``: torch's attention with cuDNN. Where a dense step would take minutes,
 attention of a quarter of one layer's heads is timed and multiplied, the rest of the step taken from MoBA's; marked (*).
 Utilisation counts the model's operations alone, MoBA's with the keys that it reads, over the data sheet's peak. Every
-case has a process of its own, so that none finds what another left in memory.
+case has processes of its own, so that none finds what another left in memory; memory is rank 0's.
 """
 
 from __future__ import annotations
@@ -14,15 +14,12 @@ import copy
 import gc
 import json
 import math
-import multiprocessing
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
-from multiprocessing.connection import Connection
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,8 +27,10 @@ from typing import Any
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as ``parallel.variables`` sets it for a run
 
 import torch
+import torch.distributed as dist
 import yaml
 from bench_train_cases import CASES, FULL, KEPT, Case, moba
+from bench_train_processes import apart
 from bench_train_profile import breakdown
 from omegaconf import OmegaConf
 
@@ -47,9 +46,9 @@ from moba_train.model import load_model
 from moba_train.observe import OwnTime
 from moba_train.offload import HostMemory
 from moba_train.parallel.engine import set_accumulation
-from moba_train.parallel.lifetime import follow_parent
+from moba_train.parallel.sequence import sequence_group, share_rows
 from moba_train.run import Run
-from moba_train.runtime import Runtime, finish, seed_everything, start
+from moba_train.runtime import Runtime, seed_everything
 from moba_train.skipped import SkippedSteps
 from moba_train.train_step import optimize
 from moba_train.validate import micro_batch_rows
@@ -59,17 +58,18 @@ HEADS_SHARE = 4  # of a layer's heads, one in as many is timed; their work is in
 
 
 class RandomRows:
-    """The loader of a step: rows of random tokens, each one segment."""
+    """The loader of a step: this rank's rows of random tokens, each one segment."""
 
-    def __init__(self, case: Case, vocabulary: int) -> None:
-        self._case, self._vocabulary, self.context = case, vocabulary, case.context
-        self._generator = torch.Generator().manual_seed(0)
+    def __init__(self, case: Case, vocabulary: int, runtime: Runtime) -> None:
+        self._vocabulary, self.context = vocabulary, case.context
+        self._rows = case.rows // runtime.data_parallel_size
+        self._generator = torch.Generator().manual_seed(runtime.data_parallel_rank)
 
     def next_step(self, micro_batch_rows: int) -> list[Batch]:
-        return [self._batch(micro_batch_rows) for _ in range(self._case.rows // micro_batch_rows)]
+        return [self._batch(micro_batch_rows) for _ in range(self._rows // micro_batch_rows)]
 
     def _batch(self, rows: int) -> Batch:
-        length = self._case.context
+        length = self.context
         ids = torch.randint(self._vocabulary, (rows, length), generator=self._generator)
         labels = ids.clone()
         labels[:, 0] = -100
@@ -79,7 +79,8 @@ class RandomRows:
 
 def architecture(name: str) -> dict[str, Any]:
     if name == "tiny":
-        return {**architecture("smollm2_135m"), "num_hidden_layers": 3, "vocab_size": 500}
+        smaller = {"num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 500}
+        return {**architecture("smollm2_135m"), **smaller}
     return yaml.safe_load((folder("configs") / f"model/{name}.yaml").read_text())["architecture"]
 
 
@@ -104,7 +105,10 @@ def build(case: Case, runtime: Runtime) -> Run:
         engine: Any = with_switches(model, config, runtime)
     else:
         engine = assemble(model, config, runtime)
-        set_accumulation(engine, case.rows // micro_batch_rows(config, case.context))
+        if runtime.sequence_parallel_size > 1:
+            share_rows(model, sequence_group(runtime, timedelta(minutes=config.launch.timeout_minutes)))
+        own_rows = case.rows // runtime.data_parallel_size
+        set_accumulation(engine, own_rows // micro_batch_rows(config, case.context))
     absent = dict.fromkeys(("folder", "store", "heldout", "heldout_batches", "tracker", "interruption", "own_rope"))
     run = Run(
         config=config,
@@ -112,13 +116,13 @@ def build(case: Case, runtime: Runtime) -> Run:
         schedule=SimpleNamespace(tokens_per_step=config.train.tokens_per_step),
         model=model,
         engine=engine,
-        throughput=Throughput(peak_flops(runtime.device, torch.bfloat16), window=1),
+        throughput=Throughput(peak_flops(runtime.device, torch.bfloat16) * runtime.world_size, window=1),
         own_time=OwnTime(runtime.device),
         watchdog=SimpleNamespace(beat=lambda doing: None),
         skipped=SkippedSteps(config.train.nonfinite_limit),
         **absent,
     )
-    run.loader = RandomRows(case, model.config.vocab_size)
+    run.loader = RandomRows(case, model.config.vocab_size, runtime)
     run.bins = PositionLoss(case.context, 2048, runtime.device)
     return run
 
@@ -144,7 +148,7 @@ def steps(run: Run, case: Case, attention: AttentionSpec, until: float) -> dict[
     for index in range(case.warm + case.steps):
         if index == case.warm and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        if times and time.monotonic() + times[-1] > until:
+        if times and too_late(times[-1], until, device):
             break
         run.throughput.restart()
         synchronize(device)
@@ -176,9 +180,16 @@ def steps(run: Run, case: Case, attention: AttentionSpec, until: float) -> dict[
             "used_bytes": total - free,
             "between_steps_bytes": torch.cuda.memory_allocated(device),
         }
-    if case.profile and seconds < LONGEST_PROFILE and time.monotonic() + 2 * seconds < until:
+    if case.profile and seconds < LONGEST_PROFILE and not too_late(2 * seconds, until, device):
         found["breakdown_seconds"] = breakdown(lambda: step(run), device)
     return found
+
+
+def too_late(seconds: float, until: float, device: torch.device) -> bool:
+    """Whether so many more would not end in time, by any rank's clock: all of them stop, or none."""
+    late = torch.tensor(float(time.monotonic() + seconds > until), device=device)
+    dist.all_reduce(late, dist.ReduceOp.MAX)
+    return bool(late)
 
 
 def synchronize(device: torch.device) -> None:
@@ -235,7 +246,9 @@ def fill_host(case: Case, device: torch.device) -> None:
 
 def measure(case: Case, until: float, runtime: Runtime) -> list[dict[str, Any]]:
     """A row for each attention of a case."""
-    common = {"case": case.name, "model": case.model, "context_length": case.context, "rows": case.rows}
+    runtime = replace(runtime, sequence_parallel_size=case.switches.get("sequence_parallel_size", 1))
+    sizes = {"context_length": case.context, "rows": case.rows, "gpus": runtime.world_size}
+    common = {"case": case.name, "model": case.model, **sizes}
     try:
         run = build(case, runtime)
         if case.warm == 0 and run.config.train.offload.hidden_states:
@@ -246,7 +259,8 @@ def measure(case: Case, until: float, runtime: Runtime) -> list[dict[str, Any]]:
             row = steps(run, case, attention, until)
             switches = OmegaConf.to_container(OmegaConf.structured(run.config.train), enum_to_str=True)
             rows.append({**common, "train": switches, "built_bytes": built, **row})
-            show(rows[-1])
+            if runtime.is_main:
+                show(rows[-1])
         if not case.gradients_only:
             run.engine.destroy()
     except torch.OutOfMemoryError as error:
@@ -268,7 +282,7 @@ def dense_estimate(case: Case, row: dict[str, Any], device: torch.device) -> dic
     seconds = row["step_seconds"]
     for kind, sign in (("moba", -1), ("full", 1)):
         seconds += sign * layers * case.rows * (passes * layer[kind]["forward"] + layer[kind]["backward"])
-    shared = {key: row[key] for key in ("case", "model", "context_length", "rows", "train")}
+    shared = {key: row[key] for key in ("case", "model", "context_length", "rows", "gpus", "train")}
     tokens_per_second = case.rows * case.context / seconds
     return {
         **shared,
@@ -352,7 +366,10 @@ def main() -> None:
             print(f"{case.name:>38}  not begun: {arguments.seconds} s are over", flush=True)
             continue
         case = replace(case, switches={**copy.deepcopy(case.switches), **changes})
-        rows = apart(measure, case, until)
+        if torch.cuda.is_available() and torch.cuda.device_count() < case.gpus:
+            print(f"{case.name:>38}  not begun: it needs {case.gpus} GPUs", flush=True)
+            continue
+        rows = apart(measure, case, until, gpus=case.gpus)
         report["rows"] += [{"case": case.name, "error": "its process ended, see above"}] if rows is None else rows
         if arguments.output:
             arguments.output.write_text(json.dumps(report, indent=1))
@@ -361,27 +378,6 @@ def main() -> None:
 def machine(runtime: Runtime) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if runtime.device.type == "cuda" else "cpu"
     return {"device": name, "torch": torch.__version__, "covering_top_k": covering_top_k(runtime)}
-
-
-def apart(work: Callable, *arguments: Any) -> Any:
-    """``work(*arguments, runtime)`` in a process of its own; None where that ended without a result."""
-    context = multiprocessing.get_context("spawn")  # forked, it would wait for OpenMP threads that it does not have
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_alone, args=(sender, work, arguments))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        return None
-    finally:
-        process.join()
-
-
-def _alone(sender: Connection, work: Callable, arguments: tuple[Any, ...]) -> None:
-    follow_parent()
-    sender.send(work(*arguments, start(Config().launch)))
-    finish()
 
 
 if __name__ == "__main__":

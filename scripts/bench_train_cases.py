@@ -23,7 +23,8 @@ class Case:
     model: str
     context: int
     attentions: tuple[AttentionSpec, ...]
-    rows: int = 1  # of a step
+    rows: int = 1  # of a step, over all GPUs
+    gpus: int = 1
     steps: int = 3  # timed, after one that is not
     warm: int = 1
     switches: dict[str, Any] = field(default_factory=dict)  # of ``train``
@@ -55,6 +56,16 @@ CASES = [
         switches={**LONG, "offload": {"hidden_states": True}},
         gradients_only=True,
         dense_layer=True,
+    ),
+    Case(
+        "tiny_shared",
+        "tiny",
+        1024,
+        (moba(128, 3),),
+        gpus=2,
+        warm=0,
+        steps=1,
+        switches={**CHECKPOINTED, "sequence_parallel_size": 2},
     ),
     Case("32k", "llama3_1b", 32768, (FULL, moba(512, 3)), switches=KEPT, profile=True),
     Case("32k_recomputed", "llama3_1b", 32768, (FULL, moba(512, 3)), switches=CHECKPOINTED, profile=True),
@@ -141,4 +152,23 @@ STATES = {  # each alone: where parameters, gradients and optimizer state are, a
 CASES += [
     Case(f"states {name}".strip(), "llama3_1b", 32768, (moba(512, 3),), switches={**CHECKPOINTED, **switches}, steps=4)
     for name, switches in STATES.items()
+]
+SHARED = {  # over how many GPUs, how many rows, with which switches: a row shared by two, and a row each
+    "": (1, 1, {}),
+    "sequence_parallel_size=2": (2, 1, {"sequence_parallel_size": 2}),
+    "two rows": (2, 2, {}),
+    "two rows, zero_stage=3": (2, 2, {"zero_stage": 3}),
+}
+CASES += [
+    Case(
+        f"gpus {name}".strip(),
+        "llama3_1b",
+        131072,
+        (moba(512, 3), moba(4096, 12)),
+        rows=rows,
+        gpus=gpus,
+        steps=2,
+        switches={**CHECKPOINTED, **switches},
+    )
+    for name, (gpus, rows, switches) in SHARED.items()
 ]

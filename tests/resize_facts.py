@@ -25,8 +25,10 @@ from moba_train import resolved, train, train_step
 from moba_train import run as parts
 from moba_train.config import Config, Precision, TrainConfig
 from moba_train.metrics_file import read_rows
+from moba_train.model import load_model
+from moba_train.parallel.engine import loading_in_parts
 from moba_train.run import Run, build
-from moba_train.runtime import finish, start
+from moba_train.runtime import Runtime, finish, start
 
 SAVED = 2  # the step whose checkpoint is gone on from
 
@@ -81,6 +83,16 @@ def watch_loading() -> list[int]:
     return numbers
 
 
+def refusal(config: Config, runtime: Runtime) -> str | None:
+    """What loading the model in parts says against it; rank 0 alone finds it."""
+    with loading_in_parts(config.train, runtime):
+        try:
+            load_model(config.model, config.train.precision)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
 def facts(run: Run) -> dict:
     """Train to the end, and watch."""
     found: dict = {"begun": engine_state(run.engine) if run.step else None, "initial": parameters(run.engine)}
@@ -118,6 +130,11 @@ def main(config: Config, cases: list[dict], folder: Path) -> None:
         own.train.precision = Precision[case.get("precision", "fp32")]
         if case.get("path"):
             own.model.path, own.model.architecture = case["path"], {}
+        if case.get("refused"):
+            message = refusal(own, runtime)
+            if runtime.is_main:
+                torch.save(message, folder / f"{case['name']}.pt")
+            continue
         where = folder / case["name"]
         if runtime.is_main:
             where.mkdir()

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.distributed
 def test_it_measures_steps_gradients_and_layers(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts/bench_train.py"), "tiny", "tiny_gradients"]
+    command = [sys.executable, str(ROOT / "scripts/bench_train.py"), "tiny", "tiny_gradients", "tiny_shared"]
     done = subprocess.run(
         [*command, "--output", str(tmp_path / "rows.json")],
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
@@ -31,11 +31,16 @@ def test_it_measures_steps_gradients_and_layers(tmp_path: Path) -> None:
         ("tiny", "moba"),
         ("tiny_gradients", "moba"),
         ("tiny_gradients", "full"),
+        ("tiny_shared", "moba"),
     ]
     assert all(row["tokens_per_second"] == pytest.approx(1024 / row["step_seconds"]) for row in rows)
     steps = [row for row in rows if "loss" in row]
     assert all(5 < row["loss"] < 8 and row["gradient_norm"] > 0 for row in steps)  # ln 500 = 6.2
-    assert "estimated_from_layer_seconds" in rows[-1] and "tiny     dense" in done.stdout
+    assert "estimated_from_layer_seconds" in rows[3] and "tiny     dense" in done.stdout
+    alone, shared = rows[2], rows[4]  # the same row of the same model, and over two processes
+    assert (alone["gpus"], shared["gpus"]) == (1, 2)
+    for fact in ("loss", "gradient_norm"):
+        assert shared[fact] == pytest.approx(alone[fact], rel=1e-4)
 
 
 def test_an_unknown_case_is_one_line() -> None:

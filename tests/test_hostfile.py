@@ -168,6 +168,15 @@ def test_a_name_server_that_says_nothing(tmp_path: Path, monkeypatch) -> None:
     assert ssh.looked_up(config, "behind") is None and ssh.looked_up(config, "other") == "other"
 
 
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="no ssh on this machine")
+def test_a_configuration_of_ssh_that_waits(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(ssh, "_CONFIGURATION_SECONDS", 0.2)
+    (tmp_path / "config").write_text('Match exec "sleep 5"\n  User other\n')
+    config = LaunchConfig(kind=LaunchKind.hostfile, ssh_options=["-F", str(tmp_path / "config")])
+    config.hostfile = hostfile(tmp_path, "node slots=1\n")
+    refused(config, r"config node` did not end within 0.2 s: a Match exec line", "launch.ssh_options=[-F,FILE]")
+
+
 @needs_sshd
 def test_a_port_in_use(two_hosts: LaunchConfig) -> None:
     with socket.socket() as taken:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ LOADED = {
     "in parts": case(None, 2, 3, mlp_tile_tokens=64, offload={"parameters": "cpu"}) | {"name": "loaded in parts"},
     "in parts, in bf16": case(None, 2, 3, precision="bf16") | {"name": "loaded in parts, in bf16"},
 }
-STARTS[1][1].extend(LOADED.values())
+OTHER_SHAPE = case(None, 2, 3) | {"name": "loaded in parts, of another shape", "refused": True}
+STARTS[1][1].extend([*LOADED.values(), OTHER_SHAPE])
 RESUMED = [one for _, cases in STARTS for one in cases if one["source"]]
 
 
@@ -114,6 +116,9 @@ def facts(tiny_config_module: Config, tmp_path_factory) -> Callable[[str], dict]
     load_model(config.model, Precision.fp32).save_pretrained(folder / "model")
     for one in LOADED.values():
         one["path"] = str(folder / "model")
+    OTHER_SHAPE["path"] = str(shutil.copytree(folder / "model", folder / "other"))
+    described = json.loads((folder / "other/config.json").read_text())
+    (folder / "other/config.json").write_text(json.dumps({**described, "intermediate_size": 64}))
 
     for ranks, cases in STARTS:
         run_ranks(script, [str(folder / resolved.FILE), json.dumps(cases), str(folder)], ranks)
@@ -132,6 +137,12 @@ def test_a_run_goes_on_with_other_sizes(facts: Callable[[str], dict], one: dict[
     rounding = 1e-6 if one["precision"] == "fp32" else 1e-2  # ranks add up gradients in bf16
     for expected, got in zip(losses(before), losses(after), strict=True):
         assert got == pytest.approx(expected, rel=rounding)
+
+
+def test_a_folder_of_another_shape_is_refused_in_parts_too(facts: Callable[[str], dict]) -> None:
+    message = facts(OTHER_SHAPE["name"])
+    assert re.search(r"_proj\.weight has shape \(\d+, \d+\), and by config\.json \(", message), message
+    assert "64" in message and message.endswith("give the two of one model")
 
 
 def test_a_folder_loaded_in_parts_is_the_same_model(facts: Callable[[str], dict]) -> None:

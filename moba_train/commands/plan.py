@@ -1,7 +1,8 @@
 """Does a recipe fit, and how fast is it: moba-train plan [key=value ...] [plan.key=value ...] [output=FILE.json]
 
-Takes the settings of `moba-train train`, starts nothing and needs no GPU and no model files. Prints the predicted
-memory of one GPU by part, the time of a step by part, what the schedule takes, and what each switch would bring.
+Takes the settings of `moba-train train`, starts nothing and needs no GPU; of the model it reads config.json, unless
+model.architecture tells its sizes. Prints the predicted memory of one GPU by part, the time of a step by part, what the
+schedule takes, and what each switch would bring.
 
 moba-train plan experiment=llama3_8b_1m launch.nodes=4      the recipe on 4 nodes
 moba-train plan plan.gpu=H100 plan.network_gbs=20           on other hardware (moba_train/plan/hardware.py has all keys)
@@ -153,7 +154,9 @@ def _time_table(found: Estimate) -> Table:
 
 
 def _switch_table(found: Estimate, offered: list[Switch]) -> Table:
-    table = Table(title="what a switch brings, each by itself", title_justify="left")
+    unknown = any(not switch.estimate.host_is_known for switch in offered)
+    caption = "GB?: with so many GB of a node's memory, which plan.host_memory_gb would tell" if unknown else None
+    table = Table(title="what a switch brings, each by itself", title_justify="left", caption=caption)
     _columns(table, "setting", "saves GB", "needs GB", "time", "fits")
     for switch in offered:
         table.add_row(
@@ -161,24 +164,48 @@ def _switch_table(found: Estimate, offered: list[Switch]) -> Table:
             f"{switch.saved / GB:.1f}",
             f"{switch.estimate.needed / GB:.1f}",
             f"{switch.slowdown - 1:+.1%}",
-            "yes" if switch.estimate.fits else "no",
+            _fits(switch.estimate),
         )
     return table
 
 
+def _short(found: Estimate) -> str:
+    """What a recipe needs more of than there is."""
+    machine = found.hardware
+    needs = []
+    if found.needed > machine.memory_gb * GB:
+        needs.append(f"{found.needed / GB:.1f} GB of {machine.memory_gb:g}")
+    if not found.fits_host:
+        needs.append(f"{found.host / GB:.1f} GB of a node's {machine.host_memory_gb:g}")
+    return ", ".join(needs)
+
+
+def _fits(found: Estimate) -> str:
+    if not found.fits:
+        return "no"
+    return "yes" if found.host_is_known else f"{found.host / GB:.0f} GB?"
+
+
 def _print_verdict(found: Estimate, chosen: list[Switch]) -> None:
     if found.fits:
+        verdict = "[green]It fits.[/]"
+        if not found.host_is_known:
+            verdict = (
+                f"[green]It fits the GPU[/], if a node has {found.host / GB:.0f} GB of memory to pin: tell what it has "
+                f"with plan.host_memory_gb."
+            )
         _line(
-            f"[green]It fits.[/] The schedule takes {_duration(found.seconds)}, {found.gpu_hours:,.4g} GPU hours, "
+            f"{verdict} The schedule takes {_duration(found.seconds)}, {found.gpu_hours:,.4g} GPU hours, "
             f"without evaluation and checkpoints"
         )
         return
-    room = found.hardware.memory_gb
-    _line(f"[red]It does not fit:[/] {found.needed / GB:.1f} GB of {room:g}")
+    _line(f"[red]It does not fit:[/] {_short(found)}")
     if chosen:
         last = chosen[-1].estimate
         settings = " ".join(switch.text for switch in chosen)
         verdict = f"{last.needed / GB:.1f} GB, {last.seconds / found.seconds - 1:+.1%} time"
+        if last.host:
+            verdict += f", {last.host / GB:.0f} GB of a node's memory"
         _line(
             f"with {settings}: {verdict}" + ("" if last.fits else ", still too much: more GPUs, or a shorter context")
         )

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _OPTIONS = ("BatchMode=yes", "ConnectTimeout=15", "ServerAliveInterval=15", "ServerAliveCountMax=4")
 _PASSED = ("NCCL_", "TORCH_", "GLOO_", "UCX_", "FI_", "PYTHON", "PYTORCH_", "TRITON_", "HF_", "OMP_", "LD_LIBRARY_PATH")
+_CONFIGURATION_SECONDS = 15.0  # ssh's own configuration may run commands (Match exec) and ask name servers
 _CLOSE_SECONDS = 5.0  # for a machine to end its ranks, once told to
 
 
@@ -71,9 +72,22 @@ def command(launch: LaunchConfig, host: str, arguments: Sequence[str], environme
 
 
 def looked_up(launch: LaunchConfig, host: str) -> str | None:
-    """The name that ssh has to find the address of, after its own configuration; None where a proxy does so."""
+    """The name that ssh has to find the address of, after its own configuration; None where a proxy does so.
+
+    Raises:
+        ValueError: ssh does not come to an end with that.
+        OSError: there is no ssh.
+    """
     asked = ["ssh", "-G", *launch.ssh_options, host]
-    done = subprocess.run(asked, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    try:
+        done = subprocess.run(
+            asked, capture_output=True, text=True, timeout=_CONFIGURATION_SECONDS, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"`{shlex.join(asked)}` did not end within {_CONFIGURATION_SECONDS:g} s: a Match exec line of ssh's "
+            f"configuration waits, or a name server; mend it, or name another file with launch.ssh_options=[-F,FILE]"
+        ) from None
     settings = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
     behind = {settings.get(key, "none") for key in ("proxyjump", "proxycommand")} != {"none"}
     return None if behind else settings.get("hostname", host)

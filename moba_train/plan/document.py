@@ -10,18 +10,23 @@ from moba_train.plan.memory import GB
 
 
 def as_dict(found: Estimate, offered: list[Switch], chosen: list[Switch]) -> dict[str, Any]:
-    """Memory in bytes, time in seconds."""
+    """Memory in bytes, time in seconds; ``fits`` is None where the GPU has room and the host's memory is not known."""
     return {
         "gpu": found.hardware.gpu,
         "gpu_memory_bytes": found.hardware.memory_gb * GB,
         "gpus": found.world_size,
-        "fits": found.fits,
+        "host_bytes": found.host,
+        "fits": _fits(found),
         "seconds": found.seconds,
         "gpu_hours": found.gpu_hours,
         "stages": [_stage(stage) for stage in found.stages],
         "switches": [_switch(switch) for switch in offered],
         "to_fit": [_switch(switch) for switch in chosen],
     }
+
+
+def _fits(found: Estimate) -> bool | None:
+    return found.fits if found.host_is_known or not found.fits else None
 
 
 def _stage(stage: StageEstimate) -> dict[str, Any]:
@@ -48,5 +53,6 @@ def _switch(switch: Switch) -> dict[str, Any]:
         "saved_bytes": switch.saved,
         "needed_bytes": switch.estimate.needed,
         "slowdown": switch.slowdown,
-        "fits": switch.estimate.fits,
+        "host_bytes": switch.estimate.host,
+        "fits": _fits(switch.estimate),
     }

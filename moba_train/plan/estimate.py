@@ -51,6 +51,11 @@ class Estimate:
         return self.needed <= self.hardware.memory_gb * GB and self.fits_host
 
     @property
+    def host_is_known(self) -> bool:
+        """Whether nothing is offloaded, or the host's memory is given: else ``fits`` speaks of the GPU alone."""
+        return not self.host or self.hardware.host_memory_gb is not None
+
+    @property
     def fits_host(self) -> bool:
         """What is offloaded; so too where the host's memory is not known."""
         return self.hardware.host_memory_gb is None or self.host <= self.hardware.host_memory_gb * GB

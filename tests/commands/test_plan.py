@@ -28,6 +28,33 @@ def test_tables_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert all(switch["saved_bytes"] > 0 and switch["settings"].split("=")[0] in text for switch in found["switches"])
 
 
+def test_host_memory_that_is_not_known_and_too_little(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    offloaded = [*SMALL, "train.activation_checkpointing=true", "train.offload.moments=true", f"output={file}"]
+    for given, fits, words in (
+        ([], None, "It fits the GPU, if a node has 10 GB of memory to pin"),
+        (["plan.host_memory_gb=11"], True, "It fits. The schedule"),
+        (["plan.host_memory_gb=9"], False, "It does not fit: 9.9 GB of a node's 9"),
+    ):
+        assert run(["plan", *offloaded, *given]) == 0
+        assert words in capsys.readouterr().out
+        assert json.loads(file.read_text())["fits"] is fits
+
+
+def test_a_folder_with_its_configuration_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = {
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "hidden_size": 512,
+        "head_dim": 64,
+        "intermediate_size": 1024,
+    }
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 1000}
+    (tmp_path / "config.json").write_text(json.dumps(small | heads))
+    assert run(["plan", "model=none", *SMALL[1:], f"model.path={tmp_path}", "model.name=mine"]) == 0
+    assert "mine: 0.01 billion parameters" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
