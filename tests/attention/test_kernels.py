@@ -78,6 +78,17 @@ def test_other_tilings(case):
 
 
 @kernels
+@pytest.mark.parametrize("block_size", [23, 144])
+def test_logits_far_below_0(block_size):
+    """A key tile's room past its block has the logit 0, which is infinitely above such ones in half precision."""
+    case = Case("far_below_0", (3 * block_size,), block_size=block_size, top_k=2)
+    query, key, value, grad_out = case.tensors(DEVICE, DTYPE)
+    tensors = query + 4, key - 4, value, grad_out  # 16 a dimension
+    found = attend(modules()[0].triton_attention, case, case.spec, tensors)
+    assert_close(found, attend(reference, case, case.spec, tuple(x.float() for x in tensors)), 2e-2)
+
+
+@kernels
 def test_choices_are_the_definition_s():
     case = Case("choices", (150, 0, 90, 20), top_k=4)
     query, key, _, _ = case.tensors(DEVICE, DTYPE)

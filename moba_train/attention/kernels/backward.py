@@ -271,14 +271,15 @@ def key_value_kernel(
     QUERY: tl.constexpr,
     G: tl.constexpr,
     R: tl.constexpr,
-    TILES: tl.constexpr,
+    B: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # The TILES key tiles of a block run side by side, so that their common rows are gathered into L2 once. Blocks run
-    # in order, over all kv heads: a segment's early blocks have the longest lists, and the longest work starts first.
+    # The key tiles of a block run side by side, so that their common rows are gathered into L2 once. Blocks run in
+    # order, over all kv heads: a segment's early blocks have the longest lists, and the longest work starts first.
+    TILES: tl.constexpr = (B + BLOCK_N - 1) // BLOCK_N
     i_tile = tl.program_id(0) % TILES
     i_part_kv = tl.program_id(0) // TILES % n_kv
     i_block = tl.program_id(0) // TILES // n_kv
@@ -288,7 +289,7 @@ def key_value_kernel(
     if n_key >= n_key_stop:
         return
     o_key = n_key + tl.arange(0, BLOCK_N)
-    # (BLOCK_N, BLOCK_D) each; zero past the block: what those keys get is not stored, and adds nothing to dQ
+    # (BLOCK_N, BLOCK_D) each; zero past the block: what those keys get is not stored
     b_key = load_keys(p_key, o_key, n_key_stop, i_kv, K, D, BLOCK_D, True)
     b_value = load_keys(p_value, o_key, n_key_stop, i_kv, K, D, BLOCK_D, True)
     b_d_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -309,6 +310,10 @@ def key_value_kernel(
                 b_d_value, o_key, scale, D, BLOCK_D, False,
             )  # fmt: skip
             if QUERY:
+                # A key past the block has the logit 0. Beside a row's own, far below that, its weight may be infinite,
+                # which its zeros would not undo.
+                if B % BLOCK_N != 0:
+                    b_d_scores = tl.where((o_key < n_key_stop)[:, None], b_d_scores, 0.0)
                 b_d_query = tl.dot(tl.trans(b_d_scores), b_key) * (scale / LOG2_E)
                 o_entry = tl.load(p_padded + o_list)
                 o_partial = i_part_kv.to(tl.int64) * W * R + o_entry

@@ -207,7 +207,7 @@ def attend_backward(
             tuned.launch(query, key, value, *arguments, programs=programs, sizes=sizes, entries=partial is not None)
         else:
             backward.key_value_kernel[(programs,)](
-                *tensors[:3], *arguments, LOG2_E=LOG2_E, QUERY=partial is not None, TILES=key_tiles, **constants,
+                *tensors[:3], *arguments, LOG2_E=LOG2_E, QUERY=partial is not None, B=block_size, **constants,
                 **tiling.arguments(),
             )  # fmt: skip
 
