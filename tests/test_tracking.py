@@ -169,10 +169,13 @@ def test_a_stalled_start_delays_nothing(tmp_path, fake, monkeypatch, caplog):
 
 
 def test_real_wandb_offline_keeps_argv_and_secrets_out(tmp_path, monkeypatch):
+    import wandb
+
     monkeypatch.setattr(sys, "argv", ["train", "--password=ARGV-SECRET"])
     monkeypatch.setenv("SOME_API_KEY", "ENVIRONMENT-SECRET")
     with Tracker(tmp_path, WandbConfig(mode=WandbMode.offline), {"url": "x?k=ENVIRONMENT-SECRET"}) as tracker:
         tracker.log({"tokens": 8, "train/loss": 1.25}, step=1)
+    wandb.teardown()  # its service writes on for a moment; a process waits for it at its end
     written = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in written)
     for secret in (b"ARGV-SECRET", b"ENVIRONMENT-SECRET", socket.gethostname().encode() + b'"'):
