@@ -182,7 +182,6 @@ def step_cost(
     activation_checkpointing: bool = False,
     keep_attention: bool = False,
     keep_choices: bool = True,
-    tiled_loss: bool = False,
 ) -> StepCost:
     """Cost of one forward and backward pass over packed segments.
 
@@ -192,7 +191,6 @@ def step_cost(
         activation_checkpointing: every layer's forward pass, the gate left out, is computed once more
         keep_attention: of that, attention is left out too
         keep_choices: False: the gate is not left out
-        tiled_loss: the loss computes its logits once more in the backward pass, as it does under ZeRO-3
 
     Raises:
         ValueError: the plan is not as long as the model is deep
@@ -216,7 +214,7 @@ def step_cost(
     model = forward + head + 2 * (linear + attention + head)
     # Flash-style kernels form the scores anew: five products where the forward has two.
     again = activation_checkpointing * (linear + attention * (not keep_attention) + gate * (not keep_choices))
-    hardware = model + 0.5 * attention + again + tiled_loss * head
+    hardware = model + 0.5 * attention + again
     return StepCost(model, hardware)
 
 

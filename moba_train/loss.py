@@ -2,12 +2,14 @@
 
 Logits of a 128K-token row over a 128K vocabulary are 64 GB in fp32. Here they exist for one tile of tokens at a time.
 In training a tile's loss and gradients are computed at once, in the forward pass: three products with the output
-layer's matrix. Where that matrix is not at hand as a whole (ZeRO-3) or is not all the layer does, the tile is computed
-again in the backward pass (``torch.utils.checkpoint``), which costs a fourth and works with whatever the layer is.
+layer's matrix. Where that matrix is not all the layer does, the tile is computed again in the backward pass
+(``torch.utils.checkpoint``), which costs a fourth and works with whatever the layer is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +38,7 @@ def shift_labels(labels: torch.Tensor) -> torch.Tensor:
 
 
 def tiled_losses(
-    hidden: torch.Tensor, output_layer: nn.Module, targets: torch.Tensor, tile_tokens: int
+    hidden: torch.Tensor, output_layer: Callable[[torch.Tensor], torch.Tensor], targets: torch.Tensor, tile_tokens: int
 ) -> torch.Tensor:
     """Cross entropy of each token, in fp32.
 
@@ -114,11 +116,25 @@ def scaled_loss(
     Returns:
         scale * the sum of losses, a scalar with gradients, and the losses (tokens,) in fp32 nats, without.
     """
-    whole = type(output_layer) is nn.Linear and output_layer.bias is None and not hasattr(output_layer.weight, "ds_id")
-    if whole and torch.is_grad_enabled():
+    if type(output_layer) is nn.Linear and output_layer.bias is None and torch.is_grad_enabled():
         return _ScaledLoss.apply(hidden, output_layer.weight, targets, scale, tile_tokens, fused)
-    losses = tiled_losses(hidden, output_layer, targets, tile_tokens)
+    losses = tiled_losses(hidden, partial(type(output_layer).forward, output_layer), targets, tile_tokens)
     return losses.sum() * scale, losses.detach()
+
+
+def take_targets(output_layer: nn.Module, tile_tokens: int, fused: bool) -> None:
+    """Let the output layer be called with targets and a scale too, for ``scaled_loss`` in the place of logits.
+
+    A part of the layer's forward pass, the loss finds its matrix whole under ZeRO-3, which gathers it for that time,
+    and once for all tiles.
+    """
+
+    def forward(hidden: torch.Tensor, targets: torch.Tensor | None = None, scale: float = 1.0) -> Any:
+        if targets is None:
+            return type(output_layer).forward(output_layer, hidden)
+        return scaled_loss(hidden, output_layer, targets, scale, tile_tokens, fused)
+
+    output_layer.forward = forward
 
 
 def refuse_changed_logits(configuration: PretrainedConfig) -> None:
@@ -146,8 +162,7 @@ class TokenLosses(nn.Module):
         super().__init__()
         refuse_changed_logits(model.config)
         self.model = model
-        self.tile_tokens = tile_tokens
-        self.fused = fused
+        take_targets(model.get_output_embeddings(), tile_tokens, fused)
 
     def forward(
         self, input_ids: torch.Tensor, targets: torch.Tensor, scale: float = 1.0, **model_keywords: Any
@@ -164,7 +179,5 @@ class TokenLosses(nn.Module):
         """
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False, **model_keywords).last_hidden_state
         output_layer = self.model.get_output_embeddings()
-        loss, losses = scaled_loss(
-            hidden.flatten(0, 1), output_layer, targets.flatten(), scale, self.tile_tokens, self.fused
-        )
+        loss, losses = output_layer(hidden.flatten(0, 1), targets.flatten(), scale)
         return loss, losses.view_as(targets)

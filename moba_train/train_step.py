@@ -103,7 +103,6 @@ def step_totals(run: Run, batches: list[Batch]) -> tuple[int, StepCost]:
         activation_checkpointing=run.config.train.activation_checkpointing,
         keep_attention=run.config.train.keep_attention,
         keep_choices=run.config.train.keep_choices,
-        tiled_loss=run.config.train.zero_stage == 3,
     )
     counts = [sum(map(valid_tokens, batches)), cost.model_flops, cost.hardware_flops]
     totals = torch.tensor(counts, dtype=torch.float64, device=run.runtime.device)

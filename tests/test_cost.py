@@ -104,7 +104,7 @@ def test_forward_and_backward_equal_torchs_counter():
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     shape = DecoderShape.from_config(config)
-    cost = step_cost(shape, [Spec()] * 3, [length, length], tiled_loss=False)
+    cost = step_cost(shape, [Spec()] * 3, [length, length])
     pair_flops = 3 * 3 * 4 * shape.heads * shape.head_dim  # layers, forward and backward, two products
     dense = cost.model_flops + pair_flops * (2 * length**2 - full_keys([length, length]))
     counted = counter.get_total_flops()
@@ -117,12 +117,12 @@ def test_moba_and_recomputation_by_hand():
     linear, head = 2 * 13 * shape.layer_matrix_parameters, 2 * 13 * 128 * 32
     pairs = 2 * shape.heads * shape.head_dim
     attention, gate = 2 * pairs * moba_keys(lengths, 4, 2), pairs * gate_scores(lengths, 4)
-    plain = step_cost(shape, plan, lengths, tiled_loss=False)
+    plain = step_cost(shape, plan, lengths)
     assert plain.model_flops == 3 * (linear + attention + head) + gate
     assert plain.hardware_flops == 3 * (linear + head) + 3.5 * attention + gate
-    again = step_cost(shape, plan, lengths, activation_checkpointing=True, tiled_loss=True)
+    again = step_cost(shape, plan, lengths, activation_checkpointing=True)
     assert again.model_flops == plain.model_flops
-    assert again.hardware_flops == plain.hardware_flops + linear + attention + head
+    assert again.hardware_flops == plain.hardware_flops + linear + attention
     kept = step_cost(shape, plan, lengths, activation_checkpointing=True, keep_attention=True)
     assert kept.hardware_flops == plain.hardware_flops + linear
     less = step_cost(shape, plan, lengths, activation_checkpointing=True, keep_choices=False)

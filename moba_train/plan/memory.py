@@ -101,22 +101,17 @@ def _hidden_states_on_host(setup: Setup) -> float:
 def _loss(setup: Setup) -> Parts:
     """While the last tile is computed; the gradients of the hidden states of those before it wait.
 
-    Where this rank has the whole output layer, gradients come with the losses, the output layer's in fp32: a fused
-    kernel writes a tile's over its logits, and plain torch makes two fp32 tensors beside logits and gradient. At the
-    end, when the last tile is gone, the sum is made in bf16. Under ZeRO-3 each tile is computed again in the backward
-    pass: three fp32 tensors.
+    Gradients come with the losses, the output layer's in fp32: a fused kernel writes a tile's over its logits, and
+    plain torch makes two fp32 tensors beside logits and gradient. At the end, when the last tile is gone, the sum is
+    made in bf16.
     """
     tile = min(setup.train.loss_tile_tokens, setup.tokens) * setup.shape.vocab_size
     matrix = setup.embedding_parameters
-    if setup.train.zero_stage == 3:
-        tile_bytes, sums = 3 * SINGLE * tile, HALF * matrix
-    else:
-        inside = HALF if setup.fused else 2 * (HALF + SINGLE)
-        tile_bytes, sums = max(inside * tile, HALF * matrix), SINGLE * matrix
+    inside = HALF if setup.fused else 2 * (HALF + SINGLE)
     return {
         "last norm": setup.tokens * activations.norm_kept(setup),
-        "loss tile": tile_bytes,
-        "loss gradients": sums + setup.tokens * activations.hidden_state(setup),
+        "loss tile": max(inside * tile, HALF * matrix),
+        "loss gradients": SINGLE * matrix + setup.tokens * activations.hidden_state(setup),
     }
 
 

@@ -78,9 +78,8 @@ def matmul_flops(setup: Setup) -> float:
 
 
 def loss_flops(setup: Setup) -> float:
-    """Operations of the output layer: once more under ZeRO-3, where the gradients do not come with the losses."""
-    products = 4 if setup.train.zero_stage == 3 else 3
-    return products * 2.0 * setup.tokens * setup.shape.vocab_size * setup.shape.hidden_size
+    """Operations of the output layer."""
+    return 3 * 2.0 * setup.tokens * setup.shape.vocab_size * setup.shape.hidden_size
 
 
 def _passes(setup: Setup) -> int:

@@ -6,7 +6,7 @@ Counted operator by operator on transformers' layer (plain torch) and read off L
 from __future__ import annotations
 
 from moba_train.config import OffloadDevice
-from moba_train.plan.setup import HALF, SINGLE, Setup
+from moba_train.plan.setup import SINGLE, Setup
 
 
 def layers(setup: Setup) -> float:
@@ -37,8 +37,6 @@ def loss(setup: Setup) -> float:
     shape = setup.shape
     tiles = -(-setup.tokens // setup.train.loss_tile_tokens)
     matrix = shape.vocab_size * shape.hidden_size
-    if setup.train.zero_stage == 3:
-        return 50.0 * setup.tokens * shape.vocab_size + tiles * 3 * HALF * matrix
     logits = (6.0 if setup.fused else 44.0) * setup.tokens * shape.vocab_size
     return logits + tiles * 2 * SINGLE * matrix
 
