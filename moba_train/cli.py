@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> int:
         print(_help())
         return 0
     verb, rest = arguments[0], arguments[1:]
-    if verb == "--version":
+    if "--version" in arguments:
         print(f"moba_train {__version__}")
         return 0
     if verb not in VERBS:

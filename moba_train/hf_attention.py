@@ -173,11 +173,15 @@ def refuse_masks(
     kv_length: int,
     attention_mask: torch.Tensor | None = None,
     config: Any = None,
+    local_size: int | None = None,
     **kwargs: Any,
 ) -> None:
     """The mask function of this attention: there is none to build, and what would need one raises.
 
     Padding has no mask here: it is a segment of its own in ``cu_seq_lens_q``, or restarts ``position_ids``.
+
+    Args:
+        local_size: tokens that a query of this layer may look back over, a window's or those of a chunk (Llama 4).
     """
     if q_length != kv_length:
         raise ValueError(_cache_message(q_length, kv_length))
@@ -190,6 +194,11 @@ def refuse_masks(
         raise ValueError(
             f"sliding_window={window} of {config.model_type} is not part of moba or full attention: "
             f"set model.config.sliding_window = None if the model is to read its whole context"
+        )
+    if local_size is not None and local_size < kv_length:
+        raise ValueError(
+            f"{config.model_type} reads chunks of {local_size} tokens in some of its layers, which is not part of moba "
+            f"or full attention: give sequences of at most that, or use another model"
         )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from moba_train import config as schema
 from moba_train.config import Config, StageConfig
 from moba_train.redact import redact
 
@@ -48,6 +52,9 @@ RESUMABLE = (
 )
 
 
+_UNKNOWN = re.compile(r"Key '(.+)' not in '(\w+)'")
+
+
 def to_config(composed: DictConfig) -> Config:
     """The dataclasses of a composed configuration.
 
@@ -60,11 +67,26 @@ def to_config(composed: DictConfig) -> Config:
         for index, stage in enumerate(OmegaConf.select(plain, "schedule.stages") or []):
             _check_stage(index, stage)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
-        OmegaConf.structured(config)  # which alone checks the entries of lists of plain values
     except OmegaConfBaseException as error:
         raise ValueError(describe(error)) from None
     assert isinstance(config, Config)
+    _check_entries(config)
     return config
+
+
+def _check_entries(part: Any, key: str = "") -> None:
+    """Check the entries of lists of plain values, which OmegaConf does only as it makes a structure of a dataclass, and
+    then names by no more than their own dataclass's key: so the innermost ones come first."""
+    for field in fields(part):
+        value = getattr(part, field.name)
+        entries = [(f"{field.name}[{i}]", entry) for i, entry in enumerate(value)] if isinstance(value, list) else []
+        for name, inner in entries or [(field.name, value)]:
+            if is_dataclass(inner):
+                _check_entries(inner, f"{key}{name}.")
+    try:
+        OmegaConf.structured(part)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{key}{describe(error)}") from None
 
 
 def _check_stage(index: int, stage: Any) -> None:
@@ -76,10 +98,28 @@ def _check_stage(index: int, stage: Any) -> None:
 
 
 def describe(error: OmegaConfBaseException) -> str:
-    """OmegaConf's message in one line, with the full key where the first line does not name it."""
+    """OmegaConf's message in one line, with the full key where the first line does not name it, and the nearest of an
+    unknown key."""
     lines = [line.strip() for line in str(error).splitlines()]
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
-    return lines[0] if not key or key in lines[0] else f"{key}: {lines[0]}"
+    said = lines[0] if not key or key in lines[0] else f"{key}: {lines[0]}"
+    return "; ".join(part for part in (said, nearest_key(lines[0], key)) if part)
+
+
+def nearest_key(refusal: str, key: str) -> str:
+    """What to write in place of an unknown ``key``, where OmegaConf says "Key 'x' not in 'AttentionConfig'"; "" where
+    it says something else."""
+    found = _UNKNOWN.search(refusal)
+    group = found and getattr(schema, found[2], None)
+    if not found or group is None:
+        return ""
+    names = [field.name for field in fields(group)]
+    before = key.removesuffix(found[1]) if key.endswith(f".{found[1]}") else ""
+    if nearest := get_close_matches(found[1], names, 1):
+        return f"did you mean {before}{nearest[0]}?"
+    if elsewhere := [known for known in keys() if known.split(".")[-1] == found[1]]:
+        return f"did you mean {elsewhere[0]}?"
+    return f"choose from {', '.join(names)}"
 
 
 def to_yaml(config: Config) -> str:

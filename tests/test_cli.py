@@ -71,11 +71,23 @@ UNCOMPOSED = {
         ["attention.blok_size", "did you mean attention.block_size?", "--cfg job"],
     ),
     "unknown section": (["atention.block_size=64"], ["atention"]),
-    "key added past the schema": (["+attention.zzz=1"], ["attention.zzz"]),
-    "typo in a stage": (["schedule.stages=[{nam: x}]"], ["schedule.stages", "nam"]),
+    "key added past the schema": (["+attention.zzz=1"], ["attention.zzz", "choose from kind, block_size, top_k"]),
+    "section added past the schema": (["+foo.bar=1"], ["foo", "choose from run, model"]),
+    "key of another section": (["train.block_size=1"], ["train.block_size", "did you mean attention.block_size?"]),
+    "typo in a stage": (["schedule.stages=[{nam: x}]"], ["schedule.stages", "nam", "did you mean name?"]),
+    "a group that a stage does not have": (
+        ["schedule.stages[0].mix.full_rows=1"],
+        ["schedule.stages.0.mix.full_rows", "recipe"],
+    ),
+    "typo in an option": (["--mutlirun"], ["--mutlirun", "did you mean --multirun?"]),
+    "a value that an option has not": (["--cfg", "jobs"], ["--cfg", "jobs", "'job'"]),
     "wrong type": (["attention.block_size=abc"], ["attention.block_size", "abc", "Integer"]),
     "wrong type in a stage": (["schedule.stages=[{tokens: abc}]"], ["schedule.stages", "tokens", "abc"]),
-    "wrong type in a list": (["wandb.tags=[{a: 1}]"], ["tags[0]", "dict"]),
+    "wrong type in a list": (["wandb.tags=[{a: 1}]"], ["wandb.tags[0]", "dict"]),
+    "wrong type in a list's list": (
+        ["data.train=[{name: a, path: b}, {name: c, path: d, file_suffixes: [{a: 1}]}]"],
+        ["data.train[1].file_suffixes[0]", "dict"],
+    ),
     "a new key of a table": (["data.mix.weights={books: 1}"], ["data.mix.weights", "books", "+data.mix.weights=…"]),
     "a sweep without --multirun": (["attention.top_k=1,2"], ["attention.top_k=1,2", "add --multirun", "[a,b]"]),
     "unknown choice": (["attention.kind=mobba"], ["attention.kind", "mobba", "full, moba"]),
@@ -96,6 +108,10 @@ UNUSABLE = {
     "key convolution of another width": (["attention.key_conv=4"], ["attention.key_conv=4", "3 or 5"]),
     "unknown backend": (["attention.backend=flash3"], ["attention.backend=flash3", "varlen"]),
     "no stages": (["schedule.stages=[]"], ["schedule.stages", "experiment="]),
+    "a stage's setting by its place": (
+        ["schedule.stages[0].context_length=100"],
+        ["schedule.stages[0].context_length=100", "tokens_per_step=512"],
+    ),
     "stage without a size": (
         ["schedule.stages=[{name: a, context_length: 128}]"],
         ["schedule.stages[0]", "exactly one"],
@@ -245,7 +261,7 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys) -> None:
 
 
 def test_help_and_version(capsys) -> None:
-    for arguments in ([], ["--help"], ["train", "--help"], ["--version"]):
+    for arguments in ([], ["--help"], ["train", "--help"], ["--version"], ["train", "--version"]):
         assert cli.run(arguments) == 0
         assert capsys.readouterr().out.strip()
 

@@ -16,6 +16,7 @@ ARCHITECTURES = {
     "mistral": {"sliding_window": None},
     "qwen2": {},
     "qwen3": {},
+    "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 100},
 }
 
 
@@ -152,6 +153,13 @@ def test_sliding_windows_and_dropout_are_refused() -> None:
     _, ours = pair(attention_dropout=0.1)
     hf_attention.set_plan(ours.train(), [FULL] * 3)
     with pytest.raises(ValueError, match=r"attention_dropout=0\.1"):
+        ours(torch.randint(300, (1, 20)), use_cache=False)
+
+
+def test_chunks_shorter_than_the_sequence_are_refused() -> None:
+    _, ours = pair("llama4_text", attention_chunk_size=16)
+    hf_attention.set_plan(ours, [FULL] * 3)
+    with pytest.raises(ValueError, match="chunks of 16 tokens"):
         ours(torch.randint(300, (1, 20)), use_cache=False)
 
 

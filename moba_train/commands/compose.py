@@ -6,23 +6,25 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moba_train import embedded
+from moba_train.commands.refusals import check_options, one_line
 from moba_train.config import Config
-from moba_train.resolved import RESUMABLE, keys
+from moba_train.resolved import RESUMABLE
 
 _SWEPT = "MOBA_TRAIN_SWEPT"
 _LONGEST_NAME = 120  # of a sweep's run directory; file systems stop at 255 bytes
+_INDEX = re.compile(r"\[(\d+)\]")
+_ENTRY = re.compile(r"^[^=]*\.\d+\.")  # an override of one setting of a list's entry
 
 
 _sweeps: list[Path] = []  # directories that Hydra has asked for
@@ -43,12 +45,14 @@ def run_hydra(
         The directory of a sweep; None for a single run.
 
     Raises:
-        ValueError: one line, for an override that cannot be read, an unknown key or config, or a wrong type.
+        ValueError: one line, for an option or override that cannot be read, an unknown key or config, or a wrong type.
     """
     register(schema)
     # Hydra reads its arguments there, and takes options only before overrides.
-    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
-    options = [argument for argument in arguments if argument not in overrides]
+    given = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    options = [argument for argument in arguments if argument not in given]
+    overrides = [_hydra_key(override) for override in given]
+    check_options([*options, *overrides])
     sys.argv = [f"moba-train {config_name}", *options, *overrides]
     # Without this Hydra prints several lines of its own for each fault and ends the process.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -66,12 +70,13 @@ def run_hydra(
         _note_swept(overrides)
         hydra.main(version_base="1.3", config_path=str(embedded.folder("configs")), config_name=config_name)(guarded)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_one_line(error)) from None
+        raise ValueError(one_line(error)) from None
     except (AssertionError, AttributeError) as error:
         # OmegaConf's way to say that an override reaches into an unset group of a list's entry.
         if "NoneType" not in str(error):
             raise
-        raise ValueError("an override names a group that its stage does not have: give it in a recipe file") from None
+        named = ", ".join(override for override in overrides if _ENTRY.search(override)) or "an override"
+        raise ValueError(f"{named}: names a group that is not set there; give it in a recipe file") from None
     except Exception as error:
         if not type(error).__module__.startswith("submitit"):
             raise
@@ -119,6 +124,12 @@ def _note_swept(overrides: list[str]) -> None:
     _sweeps.extend(Path(str(override.value())) for override in parsed if override.key_or_group == "hydra.sweep.dir")
 
 
+def _hydra_key(override: str) -> str:
+    """An entry of a list as our messages name it, ``schedule.stages[0]``, as Hydra reads it: ``schedule.stages.0``."""
+    key, _, value = override.partition("=")
+    return _INDEX.sub(r".\1", key) + f"={value}"
+
+
 def _key(task: str) -> str:
     return task.partition("=")[0].lstrip("+~")
 
@@ -127,37 +138,3 @@ def _key(task: str) -> str:
 OmegaConf.register_new_resolver("embedded", lambda path: str(embedded.folder("data") / path), replace=True)
 OmegaConf.register_new_resolver("sweep_folder", _sweep_folder, replace=True)
 OmegaConf.register_new_resolver("sweep_point", _sweep_point, replace=True)
-
-
-def _one_line(error: Exception) -> str:
-    """What, which value and the fix, of Hydra's several lines and those of the fault behind them."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    cause = [line.strip() for line in str(error.__cause__ or "").splitlines()]
-    if (unknown := re.match(r"Could not override '(.+)'", lines[0])) and "is not in struct" in "".join(cause[:1]):
-        return f"{unknown[1]}: {cause[0]}; a leading + adds it: +{unknown[1]}=…"
-    if unknown:
-        nearest = get_close_matches(unknown[1], keys(), 1)
-        meant = f"did you mean {nearest[0]}? " if nearest else ""
-        return f"{unknown[1]}: {_fault(cause) or 'no such key'}; {meant}`moba-train train --cfg job` prints every key"
-    if lines[0].startswith("Ambiguous value"):
-        return f"{lines[0]}: add --multirun to sweep over the values, or write [a,b] for a list"
-    if "Available options in" in str(error):
-        named = next(i for i, line in enumerate(lines) if line.startswith("Available options in"))
-        options = [line for line in lines[named + 1 : _end_of_options(lines)] if not line.startswith("_")]
-        return f"{lines[0]}: choose from {', '.join(options)}"
-    text = ": ".join(part for part in (lines[0], _fault(cause, lines[0])) if part)
-    return f"{text}: give key=value" if isinstance(error, OverrideParseException) else text
-
-
-def _end_of_options(lines: list[str]) -> int:
-    return next((i for i, line in enumerate(lines) if line.startswith("Config search path")), len(lines))
-
-
-def _fault(lines: list[str], said: str = "") -> str:
-    """The first line of OmegaConf's message, with the key it is about where neither that nor what is ``said`` before
-    names it."""
-    if not lines or not lines[0]:
-        return ""
-    keys = [line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")]
-    where = "" if not keys or keys[0].split(".")[-1] in lines[0] or keys[0] in said else f" ({keys[0]})"
-    return lines[0] + where

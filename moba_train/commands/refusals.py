@@ -1,0 +1,68 @@
+"""What Hydra, its argument parser and OmegaConf refuse, in one line: what, which value and the fix."""
+
+from __future__ import annotations
+
+import io
+import re
+from contextlib import redirect_stderr
+from difflib import get_close_matches
+
+from hydra._internal.utils import get_args_parser
+from hydra.errors import OverrideParseException
+
+from moba_train.resolved import nearest_key
+
+
+def check_options(arguments: list[str]) -> None:
+    """
+    Raises:
+        ValueError: an option that Hydra does not have, or a value that it does not take. By itself Hydra would print
+            its own usage, of a page, and end the process.
+    """
+    parser = get_args_parser()
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            _, unknown = parser.parse_known_args(arguments)
+    except SystemExit:
+        raise ValueError(said.getvalue().strip().splitlines()[-1].partition("error: ")[2]) from None
+    if unknown:
+        nearest = get_close_matches(unknown[0], re.findall(r"--[a-z-]+", parser.format_usage()), 1)
+        meant = f"did you mean {nearest[0]}? " if nearest else ""
+        raise ValueError(f"{unknown[0]} is no option; {meant}`moba-train train --hydra-help` lists them")
+
+
+def one_line(error: Exception) -> str:
+    """What, which value and the fix, of Hydra's several lines and those of the fault behind them."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    cause = [line.strip() for line in str(error.__cause__ or "").splitlines()]
+    if (unknown := re.match(r"Could not override '(.+)'", lines[0])) and "is not in struct" in "".join(cause[:1]):
+        return f"{unknown[1]}: {cause[0]}; a leading + adds it: +{unknown[1]}=…"
+    if unknown:
+        fault = _fault(cause) or "no such key"
+        meant = nearest_key(fault, unknown[1])
+        if not meant.startswith("choose"):
+            meant = f"{meant} `moba-train train --cfg job` prints every key".lstrip()
+        return f"{unknown[1]}: {fault}; {meant}"
+    if lines[0].startswith("Ambiguous value"):
+        return f"{lines[0]}: add --multirun to sweep over the values, or write [a,b] for a list"
+    if "Available options in" in str(error):
+        named = next(i for i, line in enumerate(lines) if line.startswith("Available options in"))
+        options = [line for line in lines[named + 1 : _end_of_options(lines)] if not line.startswith("_")]
+        return f"{lines[0]}: choose from {', '.join(options)}"
+    text = ": ".join(part for part in (lines[0], _fault(cause, lines[0])) if part)
+    return f"{text}: give key=value" if isinstance(error, OverrideParseException) else text
+
+
+def _end_of_options(lines: list[str]) -> int:
+    return next((i for i, line in enumerate(lines) if line.startswith("Config search path")), len(lines))
+
+
+def _fault(lines: list[str], said: str = "") -> str:
+    """The first line of OmegaConf's message, with the key it is about where neither that nor what is ``said`` before
+    names it."""
+    if not lines or not lines[0]:
+        return ""
+    keys = [line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")]
+    where = "" if not keys or keys[0].split(".")[-1] in lines[0] or keys[0] in said else f" ({keys[0]})"
+    return lines[0] + where
