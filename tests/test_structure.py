@@ -33,7 +33,7 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.s
 # What may import them, beside the floors: seams that keep a heavy or an awkward library in one place.
 ONLY = {
     "deepspeed": {"parallel.engine", "parallel.sequence", "parallel.universal", "export"},
-    "hydra": {"commands.compose", "commands.train"},
+    "hydra": {"commands.compose", "commands.refusals", "commands.train"},
     "wandb": {"tracking"},
 }
 
@@ -95,7 +95,16 @@ def test_settings_are_checked_without_torch() -> None:
     of_ranks = {"parallel.engine", "parallel.sequence", "parallel.universal"}
     of_ranks |= {"parallel.probe"}  # where GPUs are to be counted
     launching = [name for name in modules() if name.startswith("parallel.") and name not in of_ranks]
-    for module in ("config", "validate", "resolved", "redact", "embedded", "commands.compose", *launching):
+    for module in (
+        "config",
+        "validate",
+        "resolved",
+        "redact",
+        "embedded",
+        "commands.compose",
+        "commands.refusals",
+        *launching,
+    ):
         names = {name.split(".")[0] for name in imports(modules()[module])}
         assert not names & {"torch", "transformers", "deepspeed"}, module
 
