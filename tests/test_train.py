@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moba_train.config import Config
 from moba_train.data.tokens import prepare_store
 from moba_train.metrics_file import read_rows
-from tiny import checkpoint_tensors, run_worker
+from tiny import checkpoint_tensors, run_forked, run_worker
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     folder = tmp_path / "resumed"
     shutil.copytree(finished / "checkpoints" / f"step_{step:08d}", folder / "checkpoints" / f"step_{step:08d}")
     shutil.copy(finished / "metrics.jsonl", folder)  # rows beyond the checkpoint are cut off
-    done = run_worker(tiny_config_module, folder)
+    done = run_forked(tiny_config_module, folder)
     assert done.returncode == 0, done.stderr
     assert f"resumed at step {step}" in done.stderr
 
@@ -87,7 +87,7 @@ def test_a_resumed_run_needs_its_store_and_not_its_documents(
     documents.rename(tmp_path / "away")
     folder = tmp_path / "run"
     shutil.copytree(finished / "checkpoints" / "step_00000004", folder / "checkpoints" / "step_00000004")
-    done = run_worker(config, folder)
+    done = run_forked(config, folder)
     assert done.returncode == 0, done.stderr
     assert "resumed at step 4" in done.stderr
 
@@ -96,7 +96,7 @@ def test_a_resumed_run_needs_its_store_and_not_its_documents(
     first.write_text(first.read_text()[::-1])
     config.data.rebuild = True
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.suffix in (".json", ".jsonl")}
-    done = run_worker(config, folder)
+    done = run_forked(config, folder)
     assert done.returncode != 0
     assert "is not the one this run was started on (its tokens differ): restore the documents" in done.stderr
     assert (folder / "metrics.jsonl").read_bytes() == before[folder / "metrics.jsonl"]
@@ -123,7 +123,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(finished: Path, tiny_config_
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    done = run_worker(tiny_config_module, folder)
+    done = run_forked(tiny_config_module, folder)
     assert done.returncode == 0, done.stderr
     assert "does not match its SHA-256" in done.stderr and victim.name in done.stderr
     assert "resumed at step 2" in done.stderr

@@ -168,8 +168,8 @@ def _device_kept(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        gc.collect()
         if torch.cuda.is_initialized():
+            gc.collect()
             try:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()

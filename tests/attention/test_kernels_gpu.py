@@ -66,10 +66,11 @@ def random_case(tiling: tuple[int, ...], shape: int, draw: random.Random) -> Cas
     """Segments of random lengths, some empty. Every shape of a tiling compiles the same kernels, whose constants the
     longest segment's blocks are: it has enough for top_k, or, in every fourth shape, for half of it."""
     *_, block_size, top_k = tiling
-    longest = draw.randint(block_size * (top_k - 1) + 1, max(2000, block_size * (top_k + 1)))
+    most = max(2000, block_size * (top_k + 1))
     if top_k > 1 and shape % 4 == 3:
         top_k //= 2
-        longest = draw.randint(block_size * (top_k - 1) + 1, block_size * top_k)
+        most = block_size * top_k
+    longest = draw.randint(block_size * (top_k - 1) + block_size // 2, most)
     lengths = [draw.choice([0, 1, draw.randint(1, 3 * block_size), draw.randint(1, 2000)]) for _ in range(4)]
     lengths.insert(draw.randint(0, 4), longest)
     return Case("random", tuple(min(length, longest) for length in lengths), *tiling[:-1], top_k)
