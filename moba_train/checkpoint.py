@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 
 from moba_train import durable
-from moba_train.parallel import universal
+from moba_train.parallel import nvme, universal
 from moba_train.runtime import Runtime, log
 
 _NAME = re.compile(r"step_(\d{8,})")
@@ -210,6 +210,8 @@ def load(path: Path, engine, runtime: Runtime) -> None:
         loaded, _ = engine.load_checkpoint(str(path), tag=_TAG)
         if loaded is None:
             raise CheckpointError(f"{path / _TAG} holds nothing that DeepSpeed can load")
+        if made["nvme"]:
+            nvme.restore_moments(engine, str(path), _TAG)
     elif made["nvme"] or wanted["nvme"]:
         raise CheckpointError(
             f"{path} was saved with {_words(made)} and this run has {_words(wanted)}: DeepSpeed converts no state on "

@@ -92,7 +92,7 @@ def test_libraries_that_live_in_one_place(library: str) -> None:
 
 def test_settings_are_checked_without_torch() -> None:
     """A mistyped key must not wait for torch: nothing that the command line imports at its top may need it."""
-    of_ranks = {"parallel.engine", "parallel.sequence", "parallel.universal"}
+    of_ranks = {"parallel.engine", "parallel.nvme", "parallel.sequence", "parallel.universal"}
     of_ranks |= {"parallel.probe"}  # where GPUs are to be counted
     launching = [name for name in modules() if name.startswith("parallel.") and name not in of_ranks]
     for module in (

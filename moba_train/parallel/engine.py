@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from moba_train.config import OffloadConfig, OffloadDevice, Precision, TrainConfig
+from moba_train.parallel import nvme
 from moba_train.runtime import Runtime
 
 
@@ -26,6 +27,9 @@ def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, train: Tra
 
     Returns:
         deepspeed.DeepSpeedEngine, accumulating nothing yet (``set_accumulation``).
+
+    Raises:
+        ValueError: as ``check_disk`` and ``nvme.refuse_small_groups``.
     """
     deepspeed = _deepspeed(runtime)
     check_disk(train.offload)
@@ -34,6 +38,8 @@ def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, train: Tra
         deepspeed.utils.set_z3_leaf_modules(module, list(tiled))
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # a page of memory figures, with bf16
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config(train, runtime))
+    if train.offload.optimizer is OffloadDevice.nvme:
+        nvme.refuse_small_groups(engine)
     return engine
 
 

@@ -17,6 +17,7 @@ REDUCE_BUCKET = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
 PREFETCH_BUCKET = 50_000_000
 SUB_GROUP = 1_000_000_000
+SWAP_BUFFERS = 4 + 1  # of a sub-group each, between the disk and the update, and the gradients'
 _DOUBLE = 8
 
 
@@ -103,6 +104,10 @@ def on_host(setup: Setup) -> float:
     if offload.optimizer is OffloadDevice.cpu:
         total += share * (20 if setup.train.zero_stage == 3 else 18)
         total += HALF * largest(setup) * (setup.train.zero_stage < 3)
+    if offload.optimizer is OffloadDevice.nvme:
+        # A sub-group's parameters, moments and gradients on their way, and the gradients that they are filled from.
+        sums = SINGLE if setup.train.gradient_dtype is Precision.fp32 else HALF
+        total += SWAP_BUFFERS * SINGLE * min(share, SUB_GROUP) + sums * share
     if offload.moments:
         total += len(MOMENTS) * SINGLE * share
     if offload.parameters is OffloadDevice.cpu:
