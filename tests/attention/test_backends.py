@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from moba_train.attention.reference import reference
 FULL = AttentionSpec("full")
 
 
-NEED_CUDA = {"triton", "flash_moba", "moonshot"}  # triton's kernels run on a CPU in test_kernels.py
-ON_CPU = [name for name in BACKENDS if name not in {"reference", *NEED_CUDA}]
-ON_GPU = [name for name in BACKENDS if name != "reference" and torch.cuda.is_available()]
+NEED_CUDA = {"triton": "triton", "flash_moba": "flash_moba", "moonshot": "moba"}  # and a package
+ON_CPU = [name for name in BACKENDS if name not in {"reference", *NEED_CUDA}]  # triton's kernels: test_kernels.py
+ON_GPU = [*ON_CPU, *(name for name, package in NEED_CUDA.items() if find_spec(package))]
+ON_GPU = ON_GPU if torch.cuda.is_available() else []
 
 
 @pytest.fixture(
