@@ -9,9 +9,11 @@ from typing import Any
 
 
 def read_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of ``file``, in order; a last line cut short by a kill is left out."""
+    """The rows of ``file``, in order; what is none, such as a last line cut short by a kill, is left out."""
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            yield json.loads(line)
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(row, dict) and "step" in row:
+            yield row

@@ -144,6 +144,13 @@ def load(path: Path) -> Config:
     return to_config(composed)
 
 
+def from_yaml(text: str) -> Config:
+    """The configuration that ``to_yaml`` wrote."""
+    composed = OmegaConf.create(text)
+    assert isinstance(composed, DictConfig)
+    return to_config(composed)
+
+
 def differences(before: Config, after: Config) -> list[str]:
     """Settings that differ and would make the continued run another run, as ``key: before -> after``."""
     old, new = (_flat(config) for config in (before, after))

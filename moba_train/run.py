@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moba_train import checkpoint
+from moba_train import checkpoint, resolved
 from moba_train.assemble import assemble
 from moba_train.config import Config, OffloadDevice
 from moba_train.cost import DecoderShape
@@ -93,6 +93,7 @@ def build(config: Config, folder: Path, runtime: Runtime) -> Run:
     newest = checkpoint.newest_for_all(folder / "checkpoints", runtime)
     state: dict[str, Any] = checkpoint.read_state(newest) if newest else {"step": 0, "skipped_steps": 0}
     if newest:  # before anything in the run directory is touched
+        _check_settings(newest, state, config)
         _check_stores(state, store, heldout)
     run = Run(
         config=config,
@@ -141,6 +142,7 @@ def save(run: Run) -> None:
     run.watchdog.beat(f"the checkpoint of step {run.step}")
     state = {
         "step": run.step,
+        "settings": resolved.to_yaml(run.config),
         "stores": _contents(run.store, run.heldout),
         "seconds": run.seconds,
         "training_tokens_and_seconds": [run.throughput.tokens, run.throughput.seconds],
@@ -162,6 +164,17 @@ def _arithmetic(runtime: Runtime) -> str:
     if runtime.device.type == "cuda":
         return torch.cuda.get_device_name(runtime.device)
     return f"cpu, {torch.get_num_threads()} threads"
+
+
+def _check_settings(path: Path, state: dict[str, Any], config: Config) -> None:
+    """A checkpoint that was copied here from another run has no resolved.yaml beside it that would tell."""
+    if "settings" not in state:  # of an older moba_train
+        return
+    if changed := resolved.differences(resolved.from_yaml(state["settings"]), config):
+        raise ValueError(
+            f"{path} was saved by a run with other settings ({'; '.join(changed[:3])}): take the same, or choose "
+            f"another run.name"
+        )
 
 
 def _contents(*stores: TokenStore) -> list[str]:

@@ -118,14 +118,20 @@ def build_schedule(config: Config) -> Schedule:
 
     Raises:
         ValueError: a stage without exactly one of tokens and share, a share without ``schedule.tokens``, shares that
-            do not add up to 1, a context length that does not divide a step, or steps to trace that are none of
-            the run's; the message names the key.
+            do not add up to 1, a context length that does not divide a step, a step longer than all stages, or steps
+            to trace that are none of the run's; the message names the key.
     """
     stages = config.schedule.stages
     if not stages:
         raise ValueError("schedule.stages is empty: give at least one stage, or take one of the experiment= recipes")
     _check_sizes(config)
     tokens_per_step = config.train.tokens_per_step
+    whole = sum(_tokens(stage, config) for stage in stages)
+    if whole < tokens_per_step:
+        raise ValueError(
+            f"train.tokens_per_step={tokens_per_step} is more than the {whole:.0f} tokens of schedule.stages: lower "
+            f"it, or lengthen the schedule"
+        )
     built: list[Stage] = []
     first, tokens = 0, 0.0
     for index, stage in enumerate(stages):

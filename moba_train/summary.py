@@ -12,7 +12,19 @@ from rich.text import Text
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "result.json").read_text())
+    """A finished run's result.json.
+
+    Raises:
+        ValueError: it is damaged; a run writes it whole or not at all.
+    """
+    file = folder / "result.json"
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        result = None
+    if not isinstance(result, dict) or "points" not in result:
+        raise ValueError(f"{file} is damaged: remove it, and the run makes it again with run.resume=auto")
+    return result
 
 
 def print_summary(folder: Path, console: Console) -> None:

@@ -13,7 +13,7 @@ from moba_train.config import Config, Device, FusedKernels, LaunchKind, OffloadD
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
 _LONGEST_NAME = 120  # file systems stop at 255 bytes, and a time or a hash is added to some
-_SEEDS = 2**63  # torch's generator takes no more
+_INT64 = 2**63  # torch's integers, and the seeds of its generator, end there
 _PORTS = 65535
 _KEY_CONV_WIDTHS = (3, 5)  # those of the paper
 POINTS = ("start", "step")  # of evaluations that belong to no stage's end
@@ -93,6 +93,8 @@ def _least(config: Config) -> None:
     for key, (value, minimum) in least.items():
         if not minimum <= value < math.inf:  # NaN is refused too
             raise ValueError(f"{key}={value}: must be at least {minimum}")
+        if value >= _INT64:
+            raise ValueError(f"{key}={value}: must be below {_INT64}")
 
 
 def _shares_and_rates(config: Config) -> None:
@@ -130,8 +132,6 @@ def _shares_and_rates(config: Config) -> None:
 
 def _choices(config: Config) -> None:
     """What is one of a few, or bounded from above."""
-    if config.run.seed >= _SEEDS:
-        raise ValueError(f"run.seed={config.run.seed}: must be below {_SEEDS}")
     if config.launch.port > _PORTS:
         raise ValueError(f"launch.port={config.launch.port}: must be at most {_PORTS}, or 0 for any free one")
     if config.attention.key_conv not in (0, *_KEY_CONV_WIDTHS):
@@ -188,6 +188,10 @@ def _data(config: Config) -> None:
         for index, source in enumerate(sources):
             if not source.path:
                 raise ValueError(f"data.{group}[{index}].path is empty: give a file, folder, glob or hub dataset name")
+            if source.name in [earlier.name for earlier in sources[:index]]:  # weights and metrics go by names
+                raise ValueError(
+                    f"data.{group}[{index}].name={source.name} is an earlier source's: choose another name"
+                )
     if not config.data.heldout and config.data.heldout_fraction == 0:
         raise ValueError(
             "data.heldout is empty and data.heldout_fraction=0: give held-out sources or a fraction of the documents, "

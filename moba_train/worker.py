@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":
+# A shell has its background jobs ignore SIGINT, for the Ctrl-C of what runs in front: then it stays ignored.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # what follows takes seconds to import: Ctrl-C is no traceback there
 
 import argparse
@@ -41,6 +42,7 @@ from moba_train.train import train
 RESULT = "result.json"
 _GIVE_WAY_SECONDS = {"rank 0": 2.0, "others": 15.0}  # rank 0 first tells W&B, and that takes some seconds
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+_IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 
 
 def main() -> int:
@@ -49,7 +51,8 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, help="accepted from the deepspeed launcher; LOCAL_RANK counts")
     arguments = parser.parse_args()
     folder = arguments.config.resolve().parent
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the launcher ends this rank so, and nohup is not to keep it
     run: Run | None = None
     claimed = None
@@ -77,13 +80,12 @@ def main() -> int:
         _tell(_out_of_memory(error, config))
         code = 4
     except OSError as error:  # a full disk under metrics.jsonl or the export
-        if error.errno not in _DISK:
+        if error.errno not in (*_DISK, *_IN_THE_WAY):
             _give_way()
             raise
-        _tell(
-            f"{error.filename or folder} cannot be written ({error.strerror}): make room, or mend the disk, and go on "
-            f"with run.resume=auto"
-        )
+        fix = "make room, or mend the disk" if error.errno in _DISK else "move away what is there"
+        where = error.filename2 or error.filename or folder
+        _tell(f"{where} cannot be written ({error.strerror}): {fix}, and go on with run.resume=auto")
     except KeyboardInterrupt:
         code = 130
     except Exception:  # also a collective that broke off because another rank has ended
@@ -154,8 +156,9 @@ def write_result(run: Run) -> None:
     ]
     result: dict[str, Any] = {
         "status": "completed",
-        "loss": points[-1]["loss"],
-        "trailing_loss": points[-1]["trailing_loss"],
+        # None where someone has removed the rows of a run that had only this left to do.
+        "loss": points[-1]["loss"] if points else None,
+        "trailing_loss": points[-1]["trailing_loss"] if points else None,
         "tokens": run.tokens,
         "seconds": run.seconds,
         "tokens_per_second": run.throughput.tokens / run.throughput.seconds if run.throughput.seconds else None,

@@ -132,6 +132,18 @@ UNUSABLE = {
     "tokenizer beyond the vocabulary": (["model.architecture.vocab_size=200"], ["298 ids", "vocab_size=200"]),
     "no corpus": (["data.train=[]"], ["data.train", "at least one source"]),
     "missing corpus": (["data.train=[{name: a, path: /nope/books}]"], ["'a'", "/nope/books", "does not exist"]),
+    "two sources of one name": (
+        ["data.train=[{name: a, path: /x}, {name: b, path: /x}, {name: a, path: /y}]"],
+        ["data.train[2].name=a", "another name"],
+    ),
+    "a number that torch cannot hold": (
+        ["attention.block_size=99999999999999999999"],
+        ["attention.block_size=99999999999999999999", "below 9223372036854775808"],
+    ),
+    "a step longer than the run": (
+        ["train.tokens_per_step=4096"],
+        ["train.tokens_per_step=4096", "2048 tokens", "lower it"],
+    ),
     "nothing held out": (["data.heldout=[]"], ["data.heldout", "heldout_fraction"]),
     "bad run name": (["run.name=../up"], ["run.name='../up'", "letters, digits"]),
     "run directory under a file": (["run.dir=/dev/null/x"], ["/dev/null/x", "is a file", "run.dir"]),

@@ -92,6 +92,7 @@ def test_context_lengths_are_reached(tiny_config: Config, stage: int, context: i
     """The longest training document has some 3,000 words, the held-out one 800."""
     stores = prepare_store(tiny_config.data, str(tiny_config.model.tokenizer), progress=False)
     tiny_config.train.tokens_per_step = 8192
+    tiny_config.schedule.stages[stage].tokens = 8192
     tiny_config.schedule.stages[stage].context_length = context
     with pytest.raises(ValueError, match=f"context_length={context} of stage .* is reached by no training document"):
         preflight.check_store(tiny_config, build_schedule(tiny_config), stores)

@@ -86,12 +86,15 @@ def test_a_finished_run_that_goes_on_exports_the_same_model(
     shutil.copytree(finished, folder)
     shutil.rmtree(folder / "model")
     (folder / "result.json").unlink()
+    rows = (folder / "metrics.jsonl").read_bytes()
+    (folder / "metrics.jsonl").write_bytes(b'12\nnull\n{"a": 1}\n\xff\x00\n' + rows)
     done = run_worker(tiny_config, folder)
     assert done.returncode == 0, done.stderr
     for name in ("config.json", "model.safetensors"):
         assert (folder / "model" / name).read_bytes() == (finished / "model" / name).read_bytes(), name
     points = [json.loads((run / "result.json").read_text())["points"] for run in (folder, finished)]
     assert points[0] == points[1]
+    assert (folder / "metrics.jsonl").read_bytes() == rows, "what is no row is left out"
 
 
 FAULTY = """
@@ -158,10 +161,21 @@ def test_a_machine_that_is_too_small(
     assert all(word in line for word in words), line
 
 
-def test_ctrl_c_while_everything_is_imported_is_no_traceback(tiny_config: Config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN], ids=["in front", "a shell's background job"])
+def test_ctrl_c_while_everything_is_imported(tiny_config: Config, tmp_path: Path, handler: signal.Handlers) -> None:
+    """It ends the process without a traceback, or is ignored as whoever started it ignores it."""
     (tmp_path / resolved.FILE).write_text(resolved.to_yaml(tiny_config))
-    begun = subprocess.Popen(local.command(tmp_path / resolved.FILE), stderr=subprocess.PIPE, text=True)
+    begun = subprocess.Popen(
+        local.command(tmp_path / resolved.FILE),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
+    )
     time.sleep(0.7)  # Python is up, and torch is not
     begun.send_signal(signal.SIGINT)
+    if handler is signal.SIG_IGN:
+        time.sleep(0.3)
+        assert begun.poll() is None
+        begun.kill()
     assert begun.communicate(timeout=60)[1] == ""
-    assert begun.returncode == -signal.SIGINT
+    assert begun.returncode == -(signal.SIGKILL if handler is signal.SIG_IGN else signal.SIGINT)

@@ -117,7 +117,7 @@ def write(folder: Path, wanted: dict[str, Any], tokenizer_path: str, files: File
 def read(folder: Path) -> dict[str, Any] | None:
     """What `write` recorded; None where nothing was begun."""
     file = folder / INPUTS
-    return read_json(file, folder) if file.is_file() else None
+    return read_json(file, folder, "format", "files") if file.is_file() else None
 
 
 def summary(files: list[list[Any]]) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def others(folder: Path, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The other stores of the same data name, with their records; the newest first."""
     records = [file for file in folder.parent.glob(f"{glob.escape(name)}-*/{INPUTS}") if file.parent != folder]
     for file in sorted(records, key=lambda file: file.stat().st_mtime_ns, reverse=True):
-        yield file.parent, read_json(file, file.parent)
+        yield file.parent, read_json(file, file.parent, "format")
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

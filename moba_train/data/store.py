@@ -26,6 +26,7 @@ from moba_train import durable
 
 FORMAT = 3  # raised too where the same inputs would give other tokens
 MANIFEST = "manifest.json"
+_NEEDED = ("vocab_size", "eos_id", "tokens", "sha256", "shards")  # of a manifest
 
 
 class TokenStore:
@@ -40,12 +41,12 @@ class TokenStore:
         self.vocab_size: int = manifest["vocab_size"]
         self.eos_id: int = manifest["eos_id"]
         self.tokens: int = manifest["tokens"]
-        self._dtype = np.dtype(manifest["dtype"])
+        self._dtype = _dtype(self.vocab_size)
         names = [shard["name"] for shard in manifest["shards"]]
         for shard in manifest["shards"]:
             file = path / f"{shard['name']}.tokens"
             expected = shard["tokens"] * self._dtype.itemsize
-            size = file.stat().st_size if file.exists() else -1
+            size = file.stat().st_size if file.exists() else 0
             if size != expected:
                 raise ValueError(f"{file} has {size} bytes, not {expected}; delete {path} and prepare it again")
         self.lengths, self.sources = _read_columns(path, names, 0, 1)
@@ -53,6 +54,9 @@ class TokenStore:
         self._shard_documents = np.cumsum([0, *(shard["documents"] for shard in manifest["shards"])])
         # Offsets from the start of the document's own shard.
         shard_tokens = np.cumsum([0, *(shard["tokens"] for shard in manifest["shards"])])
+        whole = len(self.lengths) == self._shard_documents[-1]
+        if not (whole and np.array_equal(_sums(self.lengths, self._shard_documents), np.diff(shard_tokens))):
+            raise ValueError(f"the document lengths in {path} are damaged; delete {path} and prepare it again")
         self._starts = np.cumsum(self.lengths)
         self._starts -= self.lengths
         self._starts -= np.repeat(shard_tokens[:-1], np.diff(self._shard_documents))
@@ -64,7 +68,7 @@ class TokenStore:
         file = path / MANIFEST
         if not file.is_file():
             raise ValueError(f"{path} has no {MANIFEST}: no token store, or an unfinished one; prepare the data first")
-        manifest = read_json(file, path)
+        manifest = read_json(file, path, "format", *_NEEDED)
         if manifest["format"] != FORMAT:
             raise ValueError(f"{path} has store format {manifest['format']}, not {FORMAT}; prepare the data again")
         return cls(path, manifest)
@@ -104,14 +108,14 @@ class StoreWriter:
 
     def __init__(self, path: Path, vocab_size: int, shard_bytes: int) -> None:
         self.path = path
-        self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+        self.dtype = _dtype(vocab_size)
         self._shard_bytes = shard_bytes
         self._vocab_size = vocab_size
         path.mkdir(parents=True, exist_ok=True)
         self.shards: list[dict[str, Any]] = []
         self.state: dict[str, Any] | None = None
         while (record := path / f"{len(self.shards):05d}.json").is_file():
-            content = read_json(record, path)
+            content = read_json(record, path, "shard", "state")
             self.shards.append(content["shard"])
             self.state = content["state"]
         kept = {f"{shard['name']}.{suffix}" for shard in self.shards for suffix in ("tokens", "documents.npy", "json")}
@@ -195,6 +199,16 @@ class StoreWriter:
         write_json(self.path / MANIFEST, manifest)
 
 
+def _dtype(vocab_size: int) -> np.dtype:
+    """Of the token ids on disk."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def _sums(values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """(parts,) the sum of each part of ``values`` between two ``bounds``."""
+    return np.diff(np.concatenate([[0], np.cumsum(values)])[bounds])
+
+
 def _read_columns(path: Path, names: list[str], *numbers: int) -> list[np.ndarray]:
     """(documents,) int64 each: columns of the shards' tables, which are not in memory all at once."""
     columns: list[list[np.ndarray]] = [[] for _ in numbers]
@@ -209,15 +223,21 @@ def _read_columns(path: Path, names: list[str], *numbers: int) -> list[np.ndarra
     return [np.concatenate(column) if column else np.empty(0, np.int64) for column in columns]
 
 
-def read_json(file: Path, folder: Path) -> dict[str, Any]:
+def read_json(file: Path, folder: Path, *keys: str) -> dict[str, Any]:
     """
     Raises:
-        ValueError: ``file`` is no JSON, though it is written whole or not at all: ``folder`` was damaged since.
+        ValueError: ``file`` is no JSON with these ``keys``, though it is written whole or not at all: ``folder`` was
+            damaged since.
     """
     try:
-        return json.loads(file.read_text("utf-8"))
+        content = json.loads(file.read_text("utf-8"))
+        problem = "" if isinstance(content, dict) else "no JSON object"
+        problem = problem or ", ".join(f"no {key}" for key in keys if key not in content)
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); delete {folder} and prepare it again") from None
+        problem = str(error)
+    if problem:
+        raise ValueError(f"{file} is damaged ({problem}); delete {folder} and prepare it again")
+    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -56,7 +56,8 @@ class Process:
 def run(starts: Iterable[Callable[[], Child]]) -> int:
     """Start the processes and wait for their end; when one fails, end the others.
 
-    SIGTERM, SIGINT and SIGUSR1 to this process are passed on, and waited out, so that nothing is left running.
+    SIGTERM, SIGINT and SIGUSR1 to this process are passed on, and waited out, so that nothing is left running; a SIGINT
+    that this process ignores, as a background job of a shell does, they are left to ignore too.
 
     Returns:
         0, or the exit code of the first process that failed; 128 + the signal's number where a signal ended it.
@@ -68,7 +69,8 @@ def run(starts: Iterable[Callable[[], Child]]) -> int:
         received.append(number)
         _send(children, number)
 
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    ignored = signal.SIGINT if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else None
+    previous = {number: signal.signal(number, forward) for number in FORWARDED if number != ignored}
     try:
         for start in starts:
             children.append(start())

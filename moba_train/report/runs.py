@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from moba_train.metrics_file import read_rows
+from moba_train.summary import read_result
 
 _CURVE_KEY = "eval/position_loss/"
 
@@ -206,8 +206,7 @@ def _order(path: Path) -> list[str | int]:
 
 def _read_run(path: Path) -> Run:
     config: Any = OmegaConf.to_container(OmegaConf.load(path / "resolved.yaml"))
-    result_path = path / "result.json"
-    result = json.loads(result_path.read_text(encoding="utf-8")) if result_path.is_file() else None
+    result = read_result(path) if (path / "result.json").is_file() else None
     metrics = path / "metrics.jsonl"  # not there yet where a run stopped before its first row
     return Run(path, config, list(read_rows(metrics)) if metrics.is_file() else [], result)
 

@@ -42,17 +42,30 @@ def test_unfinished_or_damaged_stores_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"00000\.tokens has 100 bytes, not \d+; delete"):
         TokenStore.open(store.path)
     shard.unlink()
-    with pytest.raises(ValueError, match=r"00000\.tokens has -1 bytes"):
+    with pytest.raises(ValueError, match=r"00000\.tokens has 0 bytes"):
         TokenStore.open(store.path)
     shard.write_bytes(whole)
     table = store.path / "00000.documents.npy"
+    documents = np.load(table)
     for damage in (lambda: os.truncate(table, 90), table.unlink):
         damage()
         with pytest.raises(
             ValueError, match=r"00000\.documents\.npy cannot be read \(.*\); delete .* prepare it again"
         ):
             TokenStore.open(store.path)
+    longer = np.array(documents)
+    longer[3, 0] += 10**12
+    for table_now in (longer, documents[:-1]):
+        np.save(table, table_now)
+        with pytest.raises(ValueError, match=r"document lengths in .* are damaged; delete .* prepare it again"):
+            TokenStore.open(store.path)
     manifest = store.path / "manifest.json"
+    whole_manifest = manifest.read_text()
+    for damage, problem in (("[]", "no JSON object"), ("{}", "no format, no vocab_size, "), ('{"form', "Unterminated")):
+        manifest.write_text(damage)
+        with pytest.raises(ValueError, match=rf"manifest\.json is damaged \({problem}.*\); delete .* prepare it again"):
+            TokenStore.open(store.path)
+    manifest.write_text(whole_manifest)
     manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 9'))
     with pytest.raises(ValueError, match="store format 9, not 3; prepare the data again"):
         TokenStore.open(store.path)
