@@ -20,6 +20,7 @@ VERBS = {
 
 
 def main() -> None:
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # for consoles that lack some characters
     sys.exit(run(sys.argv[1:]))
 
 

@@ -83,10 +83,10 @@ def evaluate(run: Run, point: str) -> None:
         bin_size = run.config.position_loss.bin_size
         row = dict(position_loss(run.engine.module, run.heldout_batches, context, bin_size, run.runtime))
     if not math.isfinite(row["eval/loss"]):
-        raise FloatingPointError(
-            f"the held-out loss at step {run.step} is {row['eval/loss']}: lower schedule.learning_rate.peak, or look "
-            f"at the model; resume goes on from the last checkpoint"
-        )
+        fix = "lower schedule.learning_rate.peak, or look at the model; resume goes on from the last checkpoint"
+        if not run.step:
+            fix = "the model came so: look at its weights, or take another model.path"
+        raise FloatingPointError(f"the held-out loss at step {run.step} is {row['eval/loss']}: {fix}")
     log_row(run, {**row, "eval/point": point})
 
 

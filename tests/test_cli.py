@@ -301,6 +301,28 @@ def test_as_a_user_sees_it(arguments: list[str], tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("attention: {top_k: 7}", ["`# @package _global_` its first line"]),
+        (
+            "# @package _global_\nattention: {tpo_k: 7}",
+            ["'experiment/mine'", "'tpo_k'", "did you mean attention.top_k?"],
+        ),
+        ("# @package _global_\nattention: 7", ["'experiment/mine'", "AttentionConfig", "7"]),
+        ("# @package _global_\nattention: {top_k: 7", ["mine.yaml, line", "brackets"]),
+        ("# @package _global_\nattention:\n\ttop_k: 7", ["mine.yaml, line 3", "'\\t'", "spaces"]),
+    ],
+    ids=["no package line", "typo", "no group", "an open bracket", "a tab"],
+)
+def test_recipes_that_cannot_be_read(refused, tmp_path: Path, recipe: str, words: list[str]) -> None:
+    file = tmp_path / "recipes" / "experiment" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(recipe + "\n")
+    line = refused("--config-dir", str(tmp_path / "recipes"), "experiment=mine")
+    assert all(word in line for word in words), line
+
+
 def test_hydras_own_options_still_work(tmp_path: Path) -> None:
     recipes = tmp_path / "recipes" / "experiment"
     recipes.mkdir(parents=True)

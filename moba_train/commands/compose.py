@@ -15,9 +15,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError
 
 from moba_train import embedded
-from moba_train.commands.refusals import check_options, one_line
+from moba_train.commands.refusals import check_options, one_line, yaml_line
 from moba_train.config import Config
 from moba_train.resolved import RESUMABLE
 
@@ -45,7 +46,8 @@ def run_hydra(
         The directory of a sweep; None for a single run.
 
     Raises:
-        ValueError: one line, for an option or override that cannot be read, an unknown key or config, or a wrong type.
+        ValueError: one line, for an option or override that cannot be read, an unknown key or config, a wrong type, or
+            a recipe that is no YAML.
     """
     register(schema)
     # Hydra reads its arguments there, and takes options only before overrides.
@@ -57,9 +59,12 @@ def run_hydra(
     # Without this Hydra prints several lines of its own for each fault and ends the process.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     faults: list[ValueError | OSError] = []
+    composed_once = False
     _sweeps.clear()
 
     def guarded(composed: DictConfig) -> object:
+        nonlocal composed_once
+        composed_once = True
         try:
             return job(composed)
         except (ValueError, OSError) as error:  # Hydra would print a line of its own before ours
@@ -71,9 +76,11 @@ def run_hydra(
         hydra.main(version_base="1.3", config_path=str(embedded.folder("configs")), config_name=config_name)(guarded)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(one_line(error)) from None
+    except MarkedYAMLError as error:
+        raise ValueError(yaml_line(error)) from None
     except (AssertionError, AttributeError) as error:
         # OmegaConf's way to say that an override reaches into an unset group of a list's entry.
-        if "NoneType" not in str(error):
+        if composed_once or "NoneType" not in str(error):
             raise
         named = ", ".join(override for override in overrides if _ENTRY.search(override)) or "an override"
         raise ValueError(f"{named}: names a group that is not set there; give it in a recipe file") from None

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 
 from hydra._internal.utils import get_args_parser
 from hydra.errors import OverrideParseException
+from yaml import MarkedYAMLError
 
 from moba_train.resolved import nearest_key
 
@@ -44,6 +45,8 @@ def one_line(error: Exception) -> str:
         if not meant.startswith("choose"):
             meant = f"{meant} `moba-train train --cfg job` prints every key".lstrip()
         return f"{unknown[1]}: {fault}; {meant}"
+    if composing := re.match(r"In '(.+)': \w+ raised while composing config", lines[0]):
+        return f"In {composing[1]!r}: {_in_recipe(lines[1:])}"
     if lines[0].startswith("Ambiguous value"):
         return f"{lines[0]}: add --multirun to sweep over the values, or write [a,b] for a list"
     if "Available options in" in str(error):
@@ -52,6 +55,21 @@ def one_line(error: Exception) -> str:
         return f"{lines[0]}: choose from {', '.join(options)}"
     text = ": ".join(part for part in (lines[0], _fault(cause, lines[0])) if part)
     return f"{text}: give key=value" if isinstance(error, OverrideParseException) else text
+
+
+def _in_recipe(lines: list[str]) -> str:
+    """What is wrong in a recipe, of OmegaConf's lines."""
+    if lines[0] == "Key 'experiment' not in 'Config'":
+        return "what it sets would lie under `experiment`: make `# @package _global_` its first line"
+    key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
+    return "; ".join(part for part in (_fault(lines), nearest_key(lines[0], key)) if part)
+
+
+def yaml_line(error: MarkedYAMLError) -> str:
+    """Where a file is no YAML, and why."""
+    mark = error.problem_mark
+    where = f"{mark.name}, line {mark.line + 1}" if mark else "a recipe"
+    return f"{where} is no YAML ({error.problem}): close its brackets and quotes, and indent with spaces"
 
 
 def _end_of_options(lines: list[str]) -> int:

@@ -112,7 +112,9 @@ def run_one(config: Config) -> tuple[Path, int]:
             return folder, 0  # a batch job that is to come
         if code:
             saved = checkpoint.list_checkpoints(folder / "checkpoints")
-            advice = "; its checkpoints stand, run.resume=auto goes on from the newest" if saved else ""
+            named = config.run.name or HydraConfig.get().mode is RunMode.MULTIRUN
+            again = "run.resume=auto" if named else f"run.name={folder.name} run.resume=auto"
+            advice = f"; its checkpoints stand, {again} goes on from the newest" if saved else ""
             print(f"error: the run in {folder} ended with exit code {code}{advice}", file=sys.stderr)
             return folder, code
         print_summary(folder, console)
