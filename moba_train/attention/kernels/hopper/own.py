@@ -5,7 +5,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moba_train.attention.kernels.hopper.shared import HALF, described
+from moba_train.attention.kernels.hopper.shared import HALF, bring, described
 from moba_train.attention.kernels.plan import Sizes
 
 TILE_ROWS: gl.constexpr = gl.constexpr(128)  # of a tile: two warpgroups of HALF rows
@@ -13,9 +13,8 @@ MOST_CHOICES = 16
 
 
 def serves(sizes: Sizes) -> bool:
-    """Whether whole tokens fill a warpgroup's rows, and the choices' log-sum-exps have room. Not for one choice (top_k
-    2): these kernels have not been shown right there, Triton's have."""
-    return HALF.value % sizes.group == 0 and sizes.choose <= MOST_CHOICES and sizes.choose != 1
+    """Whether whole tokens fill a warpgroup's rows, and the choices' log-sum-exps have room."""
+    return HALF.value % sizes.group == 0 and sizes.choose <= MOST_CHOICES
 
 
 def described_partial(partial: torch.Tensor, key: torch.Tensor, sizes: Sizes) -> TensorDescriptor:
@@ -33,8 +32,13 @@ def described_rows(tensor: torch.Tensor, sizes: Sizes) -> TensorDescriptor:
 
 
 @gluon.jit
-def row_tile(i_tile, n_row_tiles, i_row_start):
-    """Kv head, of those at work, and first row of a tile."""
+def row_tile(i_tile, n_tiles, n_row_tiles, i_row_start):
+    """Kv head, of those at work, and first row of a program's tile. Every other round of the programs is dealt out
+    backwards: with blocks about as long as a round, each would get tiles of many keys, or of few, all the time."""
+    n_programs = gl.num_programs(0)
+    i_round = i_tile // n_programs
+    if (i_round % 2 == 1) & ((i_round + 1) * n_programs <= n_tiles):
+        i_tile = (i_round + 1) * n_programs - 1 - gl.program_id(0)
     return i_tile // n_row_tiles, i_row_start + i_tile % n_row_tiles * TILE_ROWS
 
 
@@ -54,3 +58,32 @@ def own_start(p_bounds, p_of_token, n_row, T, G: gl.constexpr):
 def number(s_numbers, I_PLACE: gl.constexpr):
     """One of a vector in shared memory."""
     return gl.max(s_numbers.slice(I_PLACE, 1).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def bring_tiles(
+    d_key, d_value, d_partial, p_bounds, p_of_token, s_ring, full, free, i_kv_start, i_row_start, n_rows, n_row_tiles,
+    n_tiles, T, FORWARD: gl.constexpr, G: gl.constexpr, R: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """The copying warp: each tile's keys, values and partial results in the order of their use. Forward: the partial
+    outputs come first, and values one tile after the keys; backward: the partial dQ come last."""
+    LAG: gl.constexpr = BLOCK_N if FORWARD else 0
+    i_item = i_kv_start * 0
+    for i_tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
+        i_part_kv, n_row = row_tile(i_tile, n_tiles, n_row_tiles, i_row_start)
+        i_column = (i_kv_start + i_part_kv) * D
+        n_partial = i_part_kv * n_rows + n_row - i_row_start
+        n_start = own_start(p_bounds, p_of_token, n_row, T, G)
+        n_stop = last_token(n_row, T, G) + 1
+        if FORWARD:
+            for i_choice in range(R):
+                i_item = bring(d_partial, n_partial, i_choice * D, s_ring, full, free, i_item, STAGES)
+        for n_key in range(n_start, n_stop + LAG, BLOCK_N):
+            if n_key < n_stop:
+                i_item = bring(d_key, n_key, i_column, s_ring, full, free, i_item, STAGES)
+            if n_key - LAG >= n_start:
+                i_item = bring(d_value, n_key - LAG, i_column, s_ring, full, free, i_item, STAGES)
+        if not FORWARD:
+            for i_choice in range(R):
+                i_item = bring(d_partial, n_partial, i_choice * D, s_ring, full, free, i_item, STAGES)

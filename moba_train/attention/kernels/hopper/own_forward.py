@@ -17,18 +17,17 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from moba_train.attention.kernels.hopper.own import (
     TILE_ROWS,
+    bring_tiles,
     described_partial,
     described_rows,
     last_token,
     number,
-    own_start,
     row_tile,
 )
 from moba_train.attention.kernels.hopper.shared import (
     HALF,
     attend_keys,
     barriers,
-    bring,
     copy_tile,
     described,
     programs,
@@ -41,29 +40,6 @@ TILINGS = {64: TILING, 128: TILING}  # by head_dim
 
 
 @gluon.jit
-def _bring_tiles(
-    d_key, d_value, d_partial, p_bounds, p_of_token, s_ring, full, free, i_kv_start, i_row_start, n_rows, n_row_tiles,
-    n_tiles, T, G: gl.constexpr, R: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The copying warp: each tile's partial outputs, then its keys and values in the order of their use."""
-    i_item = i_kv_start * 0
-    for i_tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        i_part_kv, n_row = row_tile(i_tile, n_row_tiles, i_row_start)
-        i_column = (i_kv_start + i_part_kv) * D
-        for i_choice in range(R):
-            n_partial = i_part_kv * n_rows + n_row - i_row_start
-            i_item = bring(d_partial, n_partial, i_choice * D, s_ring, full, free, i_item, STAGES)
-        n_start = own_start(p_bounds, p_of_token, n_row, T, G)
-        n_stop = last_token(n_row, T, G) + 1
-        i_item = bring(d_key, n_start, i_column, s_ring, full, free, i_item, STAGES)
-        for n_key in range(n_start + BLOCK_N, n_stop, BLOCK_N):
-            i_item = bring(d_key, n_key, i_column, s_ring, full, free, i_item, STAGES)
-            i_item = bring(d_value, n_key - BLOCK_N, i_column, s_ring, full, free, i_item, STAGES)
-        n_last = n_start + (n_stop - 1 - n_start) // BLOCK_N * BLOCK_N
-        i_item = bring(d_value, n_last, i_column, s_ring, full, free, i_item, STAGES)
-
-
-@gluon.jit
 def _bring_rows(
     d_query, p_bounds, p_first, p_of_token, p_partial_lse, s_query, s_begin, s_other, rows_full, rows_free, i_kv_start,
     i_row_start, n_rows, n_row_tiles, n_tiles, T, G: gl.constexpr, R: gl.constexpr,
@@ -73,7 +49,7 @@ def _bring_rows(
     o_vector = gl.arange(0, TILE_ROWS, VECTOR)
     i_turn = i_kv_start * 0
     for i_tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        i_part_kv, n_row = row_tile(i_tile, n_row_tiles, i_row_start)
+        i_part_kv, n_row = row_tile(i_tile, n_tiles, n_row_tiles, i_row_start)
         i_buffer = i_turn % 2
         o_row = gl.minimum(n_row + o_vector, T * G - 1)
         b_own = gl.load(p_of_token + o_row // G)
@@ -117,6 +93,7 @@ def _fold(
         b_weight = gl.convert_layout(b_weight, gl.SliceLayout(1, OUT))[:, None]
         mbarrier.wait(full.index(i_slot), i_item // STAGES & 1)
         b_partial = s_ring.index(i_slot).slice(I_HALF * HALF, HALF).load(OUT).to(gl.float32)
+        fence_async_shared()  # the copy engine would not wait for loads that are under way
         mbarrier.arrive(free.index(i_slot), count=1)
         # What was not chosen was not written either: it may be NaN.
         b_out += gl.where(b_weight > 0, b_partial * b_weight, 0.0)
@@ -137,7 +114,7 @@ def _attend(
     TYPE: gl.constexpr = s_query.dtype
     i_item, i_turn = i_kv_start * 0, i_kv_start * 0
     for i_tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        i_part_kv, n_row = row_tile(i_tile, n_row_tiles, i_row_start)
+        i_part_kv, n_row = row_tile(i_tile, n_tiles, n_row_tiles, i_row_start)
         i_buffer = i_turn % 2
         n_own = n_row + I_HALF * HALF
         n_first = n_own // G
@@ -158,7 +135,7 @@ def _attend(
         n_row_stop = i_row_start + n_rows
         o_row = n_own + gl.arange(0, HALF, gl.SliceLayout(1, SCORES))
         gl.store(p_lse + i_kv.to(gl.int64) * T * G + o_row, b_max + gl.log2(b_sum), mask=o_row < n_row_stop)
-        b_out = b_out / gl.convert_layout(b_sum, gl.SliceLayout(1, OUT))[:, None]
+        b_out = b_out * gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, OUT))[:, None]
         # The queries are read no more: their place serves to store whole rows.
         s_rows.store(b_out.to(TYPE))
         o_row = n_own + gl.arange(0, HALF, gl.SliceLayout(1, WIDE))
@@ -220,9 +197,9 @@ def merge_hopper_kernel(
                 d_query, p_bounds, p_first, p_of_token, p_partial_lse, s_query, s_begin, s_other, rows_full, rows_free,
                 i_kv_start, i_row_start, n_rows, n_row_tiles, n_tiles, T, G, R,
             )),
-            (_bring_tiles, (
+            (bring_tiles, (
                 d_key, d_value, d_partial, p_bounds, p_of_token, s_ring, full, free, i_kv_start, i_row_start, n_rows,
-                n_row_tiles, n_tiles, T, G, R, D, BLOCK_N, STAGES,
+                n_row_tiles, n_tiles, T, True, G, R, D, BLOCK_N, STAGES,
             )),
         ],
         [4, 2, 1],

@@ -20,17 +20,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moba_train.attention.kernels.hopper.own import (
     TILE_ROWS,
+    bring_tiles,
     described_partial,
     described_rows,
     last_token,
     number,
-    own_start,
     row_tile,
 )
 from moba_train.attention.kernels.hopper.shared import (
     HALF,
     barriers,
-    bring,
     copy_tile,
     described,
     mask_scores,
@@ -44,26 +43,6 @@ TILINGS = {128: TILING}  # by head_dim
 
 
 @gluon.jit
-def _bring_tiles(
-    d_key, d_value, d_partial, p_bounds, p_of_token, s_ring, full, free, i_kv_start, i_row_start, n_rows, n_row_tiles,
-    n_tiles, T, G: gl.constexpr, R: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The copying warp: each tile's keys and values, then its partial dQ."""
-    i_item = i_kv_start * 0
-    for i_tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        i_part_kv, n_row = row_tile(i_tile, n_row_tiles, i_row_start)
-        i_column = (i_kv_start + i_part_kv) * D
-        n_start = own_start(p_bounds, p_of_token, n_row, T, G)
-        n_stop = last_token(n_row, T, G) + 1
-        for n_key in range(n_start, n_stop, BLOCK_N):
-            i_item = bring(d_key, n_key, i_column, s_ring, full, free, i_item, STAGES)
-            i_item = bring(d_value, n_key, i_column, s_ring, full, free, i_item, STAGES)
-        for i_choice in range(R):
-            n_partial = i_part_kv * n_rows + n_row - i_row_start
-            i_item = bring(d_partial, n_partial, i_choice * D, s_ring, full, free, i_item, STAGES)
-
-
-@gluon.jit
 def _bring_rows(
     d_query, d_d_out, p_lse, p_delta, p_bounds, p_first, p_of_token, s_query, s_d_out, s_lse, s_delta, s_begin,
     s_earlier, rows_full, rows_free, i_kv_start, i_row_start, n_row_tiles, n_tiles, T, G: gl.constexpr,
@@ -73,7 +52,7 @@ def _bring_rows(
     o_vector = gl.arange(0, TILE_ROWS, VECTOR)
     i_phase = i_kv_start * 0
     for i_tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        i_part_kv, n_row = row_tile(i_tile, n_row_tiles, i_row_start)
+        i_part_kv, n_row = row_tile(i_tile, n_tiles, n_row_tiles, i_row_start)
         i_kv = i_kv_start + i_part_kv
         o_row = gl.minimum(n_row + o_vector, T * G - 1)
         b_own = gl.load(p_of_token + o_row // G)
@@ -142,7 +121,7 @@ def _sum_query(
     TYPE: gl.constexpr = s_query.dtype
     i_item, i_phase = i_kv_start * 0, i_kv_start * 0
     for i_tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        i_part_kv, n_row = row_tile(i_tile, n_row_tiles, i_row_start)
+        i_part_kv, n_row = row_tile(i_tile, n_tiles, n_row_tiles, i_row_start)
         n_own = n_row + I_HALF * HALF
         n_first = n_own // G
         b_token = (n_own + gl.arange(0, HALF, gl.SliceLayout(1, SCORES))) // G
@@ -162,6 +141,7 @@ def _sum_query(
             i_slot = i_item % STAGES
             mbarrier.wait(full.index(i_slot), i_item // STAGES & 1)
             b_partial = s_ring.index(i_slot).slice(I_HALF * HALF, HALF).load(SUMS).to(gl.float32)
+            fence_async_shared()  # the copy engine would not wait for loads that are under way
             mbarrier.arrive(free.index(i_slot), count=1)
             # What was not chosen was not written either: it may be NaN.
             b_d_query += gl.where((i_choice < b_earlier)[:, None], b_partial, 0.0)
@@ -234,9 +214,9 @@ def merge_query_hopper_kernel(
                 d_query, d_d_out, p_lse, p_delta, p_bounds, p_first, p_of_token, s_query, s_d_out, s_lse, s_delta,
                 s_begin, s_earlier, rows_full, rows_free, i_kv_start, i_row_start, n_row_tiles, n_tiles, T, G,
             )),
-            (_bring_tiles, (
+            (bring_tiles, (
                 d_key, d_value, d_partial, p_bounds, p_of_token, s_ring, full, free, i_kv_start, i_row_start, n_rows,
-                n_row_tiles, n_tiles, T, G, R, D, BLOCK_N, STAGES,
+                n_row_tiles, n_tiles, T, False, G, R, D, BLOCK_N, STAGES,
             )),
         ],
         [4, 2, 1],
