@@ -1,4 +1,4 @@
-"""What the own-block kernels for Hopper share: whom they serve, their tiles of rows, and the keys that those read."""
+"""What the own-block kernels for Hopper share: whom they serve, their tiles of rows, and who copies what those read."""
 
 import torch
 from triton.experimental import gluon
