@@ -79,8 +79,9 @@ class RandomRows:
 
 def architecture(name: str) -> dict[str, Any]:
     if name == "tiny":
-        smaller = {"num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 500}
-        return {**architecture("smollm2_135m"), **smaller}
+        heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
+        sizes = {"num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 256, "vocab_size": 500}
+        return {**architecture("smollm2_135m"), **heads, **sizes}
     return yaml.safe_load((folder("configs") / f"model/{name}.yaml").read_text())["architecture"]
 
 

@@ -53,8 +53,8 @@ def test_frequencies_stay_fp32_in_a_bf16_model() -> None:
 def test_unset_fields_keep_the_models_values() -> None:
     present = {"rope_type": "default", "rope_theta": 123.0}
     assert rope_parameters(present, RopeConfig()) == present
-    linear = rope_parameters(present, RopeConfig(rope_type="linear", factor=2.0))
-    assert linear == {"rope_type": "linear", "rope_theta": 123.0, "factor": 2.0}
+    linear = rope_parameters(present, RopeConfig(rope_type="linear", factor=1.0))
+    assert linear == {"rope_type": "linear", "rope_theta": 123.0, "factor": 1.0}
     assert rope_parameters(linear, RopeConfig(rope_type="default")) == present
 
 
@@ -64,9 +64,20 @@ def test_unset_fields_keep_the_models_values() -> None:
         (RopeConfig(rope_type="linear"), "rope_type=linear needs rope.factor"),
         (RopeConfig(rope_type="yarm"), "rope_type=yarm is unknown: choose from .*yarn"),
         (RopeConfig(rope_type="linear", factor=0.1), "factor=0.1: must be at least 1"),
+        (RopeConfig(rope_type="linear", factor=float("nan")), "factor=nan: must be at least 1"),
         (RopeConfig(rope_type="yarn", factor=2.0), "needs rope.original_max_position_embeddings"),
     ],
 )
 def test_what_is_missing_is_named(rope: RopeConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rope_parameters({"rope_type": "default", "rope_theta": 1e4}, rope)
+
+
+def test_a_model_that_keeps_its_frequencies_elsewhere_is_told() -> None:
+    model = build()
+    del model.model.rotary_emb
+    with pytest.raises(ValueError, match="LlamaForCausalLM keeps no rotary_emb module"):
+        set_rope(model, model.config.rope_parameters, 64)
+    model.model.rotary_emb = torch.nn.Identity()
+    with pytest.raises(ValueError, match="LlamaForCausalLM keeps no rotary_emb module"):
+        set_rope(model, model.config.rope_parameters, 64)

@@ -17,7 +17,7 @@ from moba_train.config import (
     Resume,
     StageLearningRateConfig,
 )
-from moba_train.validate import micro_batch_rows, validate
+from moba_train.validate import check_slices, micro_batch_rows, validate
 
 
 def change(config: Config, key: str, value: Any) -> None:
@@ -37,6 +37,7 @@ OUT_OF_RANGE = [
     ("attention.block_size", 0),
     ("attention.top_k", 0),
     ("attention.full_layers", -1),
+    ("attention.key_conv", 4),
     ("run.seed", -1),
     ("run.seed", 2**63),
     ("train.tokens_per_step", 0),
@@ -48,6 +49,9 @@ OUT_OF_RANGE = [
     ("train.nonfinite_limit", 0),
     ("train.gradient_clipping", math.nan),
     ("train.zero_stage", 4),
+    ("train.profile_steps", [10]),
+    ("train.profile_steps", [12, 10]),
+    ("train.profile_steps", [0, 1]),
     ("position_loss.bin_size", 0),
     ("position_loss.log_every", 0),
     ("evaluate.rows", 0),
@@ -76,6 +80,41 @@ def test_out_of_range(tiny_config: Config, key: str, value: Any) -> None:
     change(tiny_config, key, value)
     with pytest.raises(ValueError, match=re.escape(f"{key}={value}")):
         validate(tiny_config)
+
+
+ENDS_OF_RANGES = [
+    *((key, 0) for key in ("attention.full_layers", "run.seed", "train.gradient_clipping", "evaluate.every_steps")),
+    *((key, 0) for key in ("checkpoint.every_steps", "launch.threads", "launch.port", "data.threads")),
+    *((key, 1) for key in ("attention.block_size", "attention.top_k", "train.loss_tile_tokens", "train.log_every")),
+    *((key, 1) for key in ("train.nonfinite_limit", "position_loss.bin_size", "position_loss.log_every")),
+    *((key, 1) for key in ("evaluate.rows", "checkpoint.keep", "launch.processes", "data.min_document_tokens")),
+    ("run.seed", 2**63 - 1),
+    ("launch.port", 65535),
+    ("attention.key_conv", 5),
+    ("train.profile_steps", [1, 1]),
+    ("optimizer.beta2", 0.0),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), ENDS_OF_RANGES, ids=lambda value: str(value))
+def test_the_ends_of_a_range_belong_to_it(tiny_config: Config, key: str, value: Any) -> None:
+    change(tiny_config, key, value)
+    validate(tiny_config)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "works"), [(12, 4, "1, 2, 4, 12"), (8, 2, "1, 2, 4, 8"), (9, 3, "1, 3, 9")]
+)
+def test_heads_share_out_over_sequence_parallel_ranks(
+    tiny_config: Config, heads: int, kv_heads: int, works: str
+) -> None:
+    for size in range(1, heads + 2):
+        tiny_config.train.sequence_parallel_size = size
+        if str(size) in works.split(", "):
+            check_slices(tiny_config, heads, kv_heads)
+        else:
+            with pytest.raises(ValueError, match=f"size={size} does not .*: set it to one of {works}$"):
+                check_slices(tiny_config, heads, kv_heads)
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "a b", "x" * 121])

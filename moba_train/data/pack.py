@@ -51,11 +51,6 @@ class Rows:
         return 1.0 - int(self.lengths.sum()) / max(1, len(self) * self.context_length)
 
     @property
-    def full_share(self) -> float:
-        """Rows that are one full-length span over all rows: the only ones that the trailing loss counts."""
-        return self.full_rows / max(1, len(self))
-
-    @property
     def max_segments(self) -> int:
         """The most segments that a row has, its padding included."""
         return int((np.diff(self.offsets) + (self.used < self.context_length)).max(initial=0))

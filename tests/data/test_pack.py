@@ -106,7 +106,7 @@ def test_known_rows(lengths: list[int], rows: int, full_rows: int) -> None:
 
 def test_unreached_context_still_packs() -> None:
     packed = pack(np.array([10, 20, 30]), 1000)
-    assert (len(packed), packed.full_rows, packed.full_share) == (1, 0, 0.0)
+    assert (len(packed), packed.full_rows) == (1, 0)
     assert packed.padding_share == pytest.approx(0.94)
     assert packed.max_segments == 4  # three documents and the padding
 
