@@ -78,10 +78,10 @@ H200 = Hardware(
     matmul_tflops=720,
     full_forward_tflops=530,
     full_backward_tflops=538,
-    # Of the first four cases in the README, the gate and the bytes of routed queries taken out.
-    moba_forward_tflops={128: 234, 512: 309, 4096: 562},
-    moba_backward_tflops={128: 460, 512: 383, 4096: 447},
-    gate_tflops=121,
+    # Of the README's cases, the gate and the bytes of routed queries taken out.
+    moba_forward_tflops={128: 449, 512: 498, 4096: 675},
+    moba_backward_tflops={128: 521, 512: 386, 4096: 458},
+    gate_tflops=170,
     hbm_gbs=4000,
     nvlink_gbs=360,
     network_gbs=40,

@@ -15,7 +15,7 @@ from moba_train.plan.setup import HALF, Setup
 TFLOPS = 1e12
 
 # How much longer an operation takes forward and backward with heads of 64 numbers: the exponentials stay as many.
-HEAD_DIM_64 = {"full": (1.15, 1.31), "moba": (1.5, 1.3)}
+HEAD_DIM_64 = {"full": (1.15, 1.31), "moba": (1.2, 1.3)}
 
 # What the host needs to start the operators of a layer or of a tile of the loss, in eager mode: small models wait.
 HOST_SECONDS = {"forward": 0.6e-3, "backward": 1.2e-3, "tile": 0.4e-3}
@@ -39,7 +39,7 @@ def predict_time(setup: Setup, hardware: Hardware) -> StepTime:
     moved = communication.collective_seconds(setup, hardware, communication.pass_bytes(setup))
     if setup.train.zero_stage == 3:  # gathers and reductions run beside the arithmetic
         moved = max(0.0, moved - compute)
-    once["ZeRO"] = moved
+    once["ZeRO"] = moved + traffic.partitioned(setup) / (hardware.hbm_gbs * GB_S)
     once["Ulysses"] = _passes(setup) * setup.shape.layers * communication.exchange_seconds(setup, hardware)
     # Copies of pinned memory run beside the arithmetic, others do not.
     once["offload"] = max(0.0, offload.hidden_state_seconds(setup, hardware) - compute)

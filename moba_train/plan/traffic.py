@@ -6,7 +6,7 @@ Counted operator by operator on transformers' layer (plain torch) and read off L
 from __future__ import annotations
 
 from moba_train.config import OffloadDevice
-from moba_train.plan.setup import SINGLE, Setup
+from moba_train.plan.setup import HALF, SINGLE, Setup
 
 
 def layers(setup: Setup) -> float:
@@ -39,6 +39,15 @@ def loss(setup: Setup) -> float:
     matrix = shape.vocab_size * shape.hidden_size
     logits = (6.0 if setup.fused else 44.0) * setup.tokens * shape.vocab_size
     return logits + tiles * 2 * SINGLE * matrix
+
+
+def partitioned(setup: Setup) -> float:
+    """Of stage 3 in one micro-batch, beside what moves between GPUs: parameters gathered for both passes, through a
+    buffer; gradients copied to a bucket, and a share of them added to fp32 sums."""
+    if setup.train.zero_stage < 3:
+        return 0.0
+    count, share = setup.shape.parameters, setup.shape.parameters / setup.world_size
+    return count * 3 * 2 * HALF + share * (HALF + 2 * SINGLE)
 
 
 def update(setup: Setup) -> float:

@@ -29,7 +29,7 @@ LLAMA_8B = LLAMA_1B | {
 def recipe(architecture: dict, context: int, **train) -> Config:
     config = Config()
     config.model = ModelConfig(architecture=architecture)
-    config.schedule.stages = [StageConfig(tokens=context, context_length=context)]
+    config.schedule.stages = [StageConfig(tokens=64 * context, context_length=context)]
     config.train.tokens_per_step, config.train.precision, config.train.zero_stage = context, Precision.bf16, 1
     config.train.activation_checkpointing, config.train.fused_kernels = True, FusedKernels.none
     for key, value in train.items():
