@@ -63,7 +63,7 @@ def test_without_settings_every_row_once_an_epoch(store: TokenStore, context: in
         assert (getattr(mix.rows, name) == getattr(rows, name)).all()
     order = np.random.default_rng([seed, epoch]).permutation(len(rows))
     assert mix.draw(epoch * len(rows), len(rows)) == order.tolist()
-    assert mix.full_share == pytest.approx(rows.full_share)
+    assert mix.full_share == pytest.approx(rows.full_rows / len(rows))
     assert mix.padding_share == pytest.approx(rows.padding_share)
 
 
