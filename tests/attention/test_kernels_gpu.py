@@ -155,14 +155,14 @@ def test_twenty_repeats_change_no_bit(tiling):
     ids=str,
 )
 def test_triton_s_kernels_agree_with_those_for_hopper(tiling, monkeypatch):
-    from moba_train.attention.kernels import launch
+    from moba_train.attention.kernels import call
     from moba_train.attention.kernels.op import triton_attention
 
     case = Case("hopper", (3000, 0, 77, 2051), *tiling)
     tensors = case.tensors("cuda", torch.bfloat16)
-    assert launch.hopper_kernels(case.block_size, *tensors) is not None
+    assert call.hopper_kernels(case.block_size, *tensors) is not None
     found = attend(triton_attention, case, case.spec, tensors)
-    monkeypatch.setattr(launch, "hopper_kernels", lambda *_: None)
+    monkeypatch.setattr(call, "hopper_kernels", lambda *_: None)
     expected = attend(triton_attention, case, case.spec, tensors)
     errors = {name: relative(found[name], wanted) for name, wanted in expected.items()}
     # Both round the weights to bf16, relative to other maxima: each is about 2e-3 from the fp32 reference.

@@ -95,12 +95,12 @@ def test_it_compiles_to_warpgroup_products(compiled: subprocess.CompletedProcess
 
 
 def test_another_gluon_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    launch = pytest.importorskip("moba_train.attention.kernels.launch")
-    launch._gluon_kernels.cache_clear()
+    call = pytest.importorskip("moba_train.attention.kernels.call")
+    call._gluon_kernels.cache_clear()
     monkeypatch.delattr("moba_train.attention.kernels.hopper", raising=False)
     monkeypatch.setitem(sys.modules, "moba_train.attention.kernels.hopper", None)
-    assert launch._gluon_kernels() is None and launch._gluon_kernels() is None
-    launch._gluon_kernels.cache_clear()
+    assert call._gluon_kernels() is None and call._gluon_kernels() is None
+    call._gluon_kernels.cache_clear()
     (message,) = caplog.messages
     assert "another Gluon" in message
 

@@ -7,8 +7,9 @@ forward   listed queries against their block: partial outputs
 merge     causal attention in the own block, and the merge with the partial outputs
 backward  the gradients, from the same lists
 hopper    the kernels with most of the arithmetic once more, in Gluon, for GPUs of compute capability 9.0
-plan      tile sizes, and chunks that keep the workspace bounded
-launch    the steps in order, chunk by chunk
+plan      tile sizes, and the size of chunks that keep the workspace bounded
+call      what the launches of one call share, and its chunks
+launch_*  the steps in order, chunk by chunk: launch_forward and launch_backward
 op        forward and backward as PyTorch operators, and the backend
 rows      what several kernels share
 

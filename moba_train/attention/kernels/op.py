@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moba_train.attention.blocks import Blocks, cut
 from moba_train.attention.keeping import ATTENTION, CHOICES, keep
-from moba_train.attention.kernels import launch
+from moba_train.attention.kernels import launch_backward, launch_forward
 from moba_train.attention.kernels.pool import pool
 from moba_train.attention.kernels.route import Lists, parts_of
 from moba_train.attention.kernels.route import route as make_lists
@@ -90,7 +90,7 @@ def attend(
     """(out (T, H, D), log-sum-exp (K, T * G)) of attention to the listed blocks and the own one."""
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     blocks, lists = Blocks(bounds, first, of_token), _lists(key, entries, offsets)
-    return keep(ATTENTION, lambda: launch.attend(query, key, value, blocks, lists, block_size, scale))
+    return keep(ATTENTION, lambda: launch_forward.attend(query, key, value, blocks, lists, block_size, scale))
 
 
 @attend.register_fake
@@ -131,7 +131,9 @@ def attend_backward(
     """(dQ, dK, dV)."""
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     blocks, lists = Blocks(bounds, first, of_token), _lists(key, entries, offsets)
-    return launch.attend_backward(d_out.contiguous(), query, key, value, out, lse, blocks, lists, block_size, scale)
+    return launch_backward.attend_backward(
+        d_out.contiguous(), query, key, value, out, lse, blocks, lists, block_size, scale
+    )
 
 
 @attend_backward.register_fake

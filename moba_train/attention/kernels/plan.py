@@ -6,7 +6,6 @@ of one chunk: some kv heads and, where one kv head's do not fit, some of the tok
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -160,19 +159,16 @@ def chunk_size(sizes: Sizes, element: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Parts ``part_start:part_stop`` of the tokens: ``rows`` rows of each kv head from ``row_start`` on."""
+    """Work whose partial results exist at one time: ``kv_heads`` heads from ``kv_start`` on, and of the tokens the
+    parts ``part_start:part_stop``, which are ``rows`` rows of each head from ``row_start`` on."""
 
+    kv_start: int
+    kv_heads: int
     part_start: int
     part_stop: int
     row_start: int
     rows: int
 
-
-def chunks(lists: Lists, sizes: Sizes, tokens: int) -> Iterator[Chunk]:
-    """Whole parts, about ``tokens`` tokens at a time."""
-    step = lists.parts if tokens == sizes.tokens else max(1, tokens // lists.part_tokens)
-    for part_start in range(0, lists.parts, step):
-        part_stop = min(part_start + step, lists.parts)
-        start = part_start * lists.part_tokens
-        stop = min(part_stop * lists.part_tokens, sizes.tokens)
-        yield Chunk(part_start, part_stop, start * sizes.group, (stop - start) * sizes.group)
+    @property
+    def parts(self) -> int:
+        return self.part_stop - self.part_start

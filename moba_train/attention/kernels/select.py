@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_train.attention.blocks import Blocks
-from moba_train.attention.kernels.launch import on_hopper
+from moba_train.attention.kernels.call import on_hopper
 from moba_train.attention.kernels.rows import NUMBERS, load_rows, row_offsets
 
 SELECT_BLOCKS = 64
