@@ -82,7 +82,6 @@ class _WandbThread:
         self._run_dir = run_dir
         self._config = config
         self._resolved = resolved
-        self._id = _stable_id(run_dir)
         self._rows: queue.SimpleQueue[tuple[dict[str, Any], int] | None] = queue.SimpleQueue()
         self._warned = False
         self._exit_code = 0
@@ -159,7 +158,7 @@ class _WandbThread:
             group=self._config.group,
             tags=self._config.tags,
             name=self._run_dir.name,
-            id=self._id,
+            id=_stable_id(self._run_dir),
             resume="allow",
             dir=str(self._run_dir),
             config=self._resolved,

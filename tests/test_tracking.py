@@ -146,6 +146,19 @@ def test_refused_altogether_goes_on_without(tmp_path, fake, caplog):
     assert [r.levelno for r in caplog.records] == [logging.WARNING] * 2
 
 
+@pytest.mark.parametrize("what", ["a file", "an id that is no text"])
+def test_a_folder_that_wandb_cannot_use_costs_its_rows_alone(tmp_path, fake, caplog, what):
+    fake()
+    if what == "a file":
+        (tmp_path / "wandb").touch()
+    else:
+        (tmp_path / "wandb").mkdir()
+        (tmp_path / "wandb/run_id").write_bytes(b"\xff")
+    with Tracker(tmp_path, WandbConfig(mode=WandbMode.offline), {}) as tracker:
+        tracker.log({"tokens": 1}, 1)
+    assert rows(tmp_path)[0]["step"] == 1 and "going on without it" in caplog.text
+
+
 def test_failing_rows_warn_once(tmp_path, fake, caplog):
     fake(fails={"log"})
     with Tracker(tmp_path, WandbConfig(), {}) as tracker:
