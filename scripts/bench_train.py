@@ -147,10 +147,10 @@ def steps(run: Run, case: Case, attention: AttentionSpec, until: float) -> dict[
     step = gradients if case.gradients_only else optimize
     times, rates, row = [], [], {}
     for index in range(case.warm + case.steps):
-        if index == case.warm and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
         if times and too_late(times[-1], until, device):
             break
+        if index == case.warm and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         run.throughput.restart()
         synchronize(device)
         began = time.perf_counter()
