@@ -29,7 +29,7 @@ test: $(READY) ## the CPU test suite (under 4 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not distributed and not gpu'
 
 test-distributed: $(READY) ## the tests that start several processes
-	$(BIN)/python -m pytest -m distributed
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m distributed
 
 test-gpu: $(READY) ## the tests that need a GPU, and those that need two where there are two
 	$(BIN)/python -m pytest -m gpu -n auto --maxprocesses 16 --dist loadgroup --live
