@@ -166,7 +166,7 @@ def test_triton_s_kernels_agree_with_those_for_hopper(tiling, monkeypatch):
     expected = attend(triton_attention, case, case.spec, tensors)
     errors = {name: relative(found[name], wanted) for name, wanted in expected.items()}
     # Both round the weights to bf16, relative to other maxima: each is about 2e-3 from the fp32 reference.
-    assert max(errors.values()) < 4e-3, errors
+    assert 0 < max(errors.values()) < 4e-3, errors  # 0: the same kernels twice
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:

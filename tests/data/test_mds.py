@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,27 @@ def test_token_ids_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "b", COLUMNS, {"b.mds": [packed([4096])]})
     with pytest.raises(ValueError, match="token id 4096 in a vocabulary of 4096"):
         prepared(tmp_path, TOKENIZER, source(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"compression": "br", "zip_data": {"basename": "a.mds"}, "raw_data": {"basename": "b"}}, "br is not read"),
+        ({"raw_data": {"basename": "a.mds", "bytes": 9}}, "bytes, not the 9 of index.json"),
+        ({"column_sizes": [None, None, None, 4]}, r"its columns have \d+ bytes, the sample \d+"),
+    ],
+    ids=["compression", "bytes", "columns"],
+)
+def test_shards_that_are_not_as_described(tmp_path: Path, about: dict[str, Any], message: str) -> None:
+    folder = write(tmp_path, COLUMNS, {"a.mds": [packed([1, 2, 3])]})
+    shard = describe("a.mds", (folder / "a.mds").read_bytes(), COLUMNS) | about
+    (folder / "index.json").write_text(json.dumps({"shards": [shard]}))
+    if "column_sizes" in about:  # which a sample alone shows
+        (bad,) = records(source(folder))
+        assert bad.text is None and re.search(message, bad.problem)
+    else:
+        with pytest.raises(ValueError, match=rf"a\.mds cannot be read .*{message}"):
+            records(source(folder))
 
 
 def test_token_ids_in_other_formats(tmp_path: Path) -> None:

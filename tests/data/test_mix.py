@@ -221,6 +221,7 @@ def test_loader_with_a_mix(store: TokenStore) -> None:
         ({"min_length": 0}, r"min_length=0: must be at least 1"),
         ({"min_length": 10_000}, r"leaves no document of the data to draw: lower min_length=10000"),
         ({"min_length": 100, "weights": {"notes": 1.0}}, "leaves no document of source 'notes' to draw"),
+        ({"most_padding": 0.0}, r"most_padding=0\.0: must be above 0, up to 1"),
         ({"full_rows": 1.5}, r"full_rows=1\.5: must be from 0 to 1"),
         ({"full_rows": 0.5, "weights": {"notes": 1.0}}, r"full_rows=0\.5: at context_length=80 .* 0\.000 to 0\.000"),
         ({"full_rows": 1.0, "weights": {"notes": 1.0, "books": 3.0}}, r"the documents allow 0\.000 to 0\.7\d\d"),

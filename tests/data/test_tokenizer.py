@@ -115,6 +115,12 @@ def test_what_is_no_hub_name_is_refused_without_asking_the_hub(path: str, monkey
         load_tokenizer(path)
 
 
+def test_a_folder_must_name_its_end_of_text(tmp_path: Path) -> None:
+    PreTrainedTokenizerFast(tokenizer_object=train_tokenizer([TEXT], 280).backend).save_pretrained(tmp_path / "endless")
+    with pytest.raises(ValueError, match=r"endless' names no eos_token; set it in its tokenizer_config\.json"):
+        load_tokenizer(str(tmp_path / "endless"))
+
+
 def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"version": 3}')
     with pytest.raises(ValueError, match="is not a tokenizers JSON file"):
