@@ -17,7 +17,6 @@ INTEGERS = {"bounds", "lists", "of_list", "offsets", "entries", "padded", "padde
     "first",
     "of_token",
     "choice",
-    "unsettled",
 }
 FLOATS = {"lse", "delta", "padded_lse", "padded_delta", "partial_lse"}
 ROWS = {"query", "d_out"}
@@ -28,18 +27,7 @@ SIZES = {
     "forward 64": {"WIDTH": 3, "B": 256, **OWN, "D": 64},
     "resident": {"G": 1, "R": 2, "D": 128, "BLOCK_N": 128, "STAGES": 3},
     "query": {"LOG2_E": LOG2_E, "B": 256, **OWN, "STAGES": 2},
-    "select": {
-        "G": 4,
-        "R": 7,
-        "SLOTS": 8,
-        "NONE": 255,
-        "LOWEST": -1e38,
-        "TAKEN": -3e38,
-        "TIE": 1 << 22,
-        "D": 128,
-        "BLOCK_N": 64,
-        "STAGES": 2,
-    },
+    "select": {"G": 4, "R": 7, "NONE": 255, "LOWEST": -1e38, "D": 128, "BLOCK_N": 64, "STAGES": 3},
     "key_value": {"LOG2_E": LOG2_E, "QUERY": True, "G": 1, "R": 2, "TILES": 1, "D": 128, "BLOCK_M": 64, "STAGES": 3},
     "own_forward": OWN,
     "own_query": {"LOG2_E": LOG2_E, **OWN},

@@ -19,6 +19,9 @@ CASES = [
     Case("group_of_four", (5000, 3333), 8, 2, 64, 16, 5),
     Case("group_of_eight", (4099,), 8, 1, 128, 16, 8),
     Case("group_of_three", (2050, 77), 9, 3, 64, 32, 6),
+    Case("eleven_choices", (5000, 900), 8, 2, 128, 16, 12),
+    Case("most_choices", (3000, 200, 100), 2, 2, 64, 16, 17),
+    Case("more_items_than_programs", (9000, 40, 11_000), 16, 4, 128, 16, 8),
     Case("thousands_of_blocks", (70_001, 61_000), 1, 1, 128, 16, 8),
 ]
 
@@ -40,6 +43,11 @@ def inputs(case: Case, dtype: torch.dtype, what: str) -> tuple[torch.Tensor, tor
         query[::3] = 0
     if what == "nan":
         query[::5], high[:, ::7, 3] = torch.nan, torch.nan
+    if what == "nan_columns":  # of all tiles the same
+        high[:, 3::8] = torch.nan
+    if what == "rising":  # every block is better than those before it
+        query[:] = 1
+        high += torch.arange(shape[1], device="cuda")[None, :, None] / 64
     if what == "infinite":
         query[::5, :, 0] = torch.inf
     return query, high, low, blocks
@@ -51,18 +59,16 @@ def test_the_choices_are_those_of_triton_s_kernel(case, dtype, monkeypatch):
     from moba_train.attention.kernels import hopper, select
 
     choose = case.spec.moba[1] - 1
-    for what in ("random", "offset", "equal", "zero", "nan", "infinite"):
+    for what in ("random", "offset", "equal", "zero", "nan", "nan_columns", "infinite", "rising"):
         query, high, low, blocks = inputs(case, dtype, what)
         arguments = (query, high, low, blocks, case.block_size, choose)
         with monkeypatch.context() as patch:
             patch.setattr(select, "on_hopper", lambda *_: None)
             expected = select.select(*arguments)
-        with monkeypatch.context() as patch:
-            patch.setattr(hopper.select, "LONG_SEGMENT", 0)
-            assert select._tuned(query, high, low, case.block_size, choose) is hopper.select
-            found = select.select(*arguments)
+        assert select._tuned(query, high, low, choose) is hopper.select
+        found = select.select(*arguments)
         assert torch.equal(found.sort(-1).values, expected.sort(-1).values), what
-        if choose <= len(blocks.first) <= 1024 and what in ("equal", "zero", "nan"):
+        if choose <= len(blocks.first) <= 1024 and what in ("equal", "zero", "nan", "nan_columns"):
             none = torch.iinfo(found.dtype).max
             exact = exact_choices(query, high, low, blocks, choose)
             wrong = (torch.where(found == none, -1, found.int()).sort(-1).values != exact).any(-1)
@@ -70,16 +76,9 @@ def test_the_choices_are_those_of_triton_s_kernel(case, dtype, monkeypatch):
             assert wrong.sum() <= 2 + wrong.numel() // 10_000, what
 
 
-def test_it_serves_long_segments():
+def test_it_serves_what_it_has_tiles_and_registers_for():
     from moba_train.attention.kernels import hopper, select
 
-    query = torch.empty(1 << 18, 1, 128, dtype=torch.bfloat16, device="cuda")
-    blocks = len(query) // 128
-    for segments, head_dim, choose, served in [
-        (1, 128, 7, True),
-        (5, 64, 8, False),
-        (1, 96, 7, False),
-        (2, 128, 9, False),
-    ]:
-        high = torch.empty(1, blocks + segments, head_dim, dtype=query.dtype, device="cuda")
-        assert (select._tuned(query, high, high, 128, choose) is hopper.select) == served
+    for head_dim, choose, served in [(128, 7, True), (64, 16, True), (96, 7, False), (128, 17, False)]:
+        query, high = (torch.empty(1, 1, head_dim, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        assert (select._tuned(query, high, high, choose) is hopper.select) == served

@@ -5,7 +5,7 @@ SELECT_BLOCKS at a time, in block order. It keeps the R best (score, block) pair
 takes the best one of every row, and again, as often as the row with most scores above its worst pair asks for: after
 the first tiles about three rounds. A new pair replaces the worst one only if it is strictly better, and of equal worst
 ones the last: ties go to the earlier block. Tiles with rows in which equal scores of a tile counted, or scores that are
-no numbers, start over in a slower loop. On Hopper ``hopper.select`` serves long segments: then only that loop is left.
+no numbers, start over in a slower loop. On Hopper ``hopper.select`` does up to 16 choices.
 
 Work: 2 products of 2 x D operations for each (query, earlier block), and about 4 fp32 operations a score and round.
 Bytes: queries once, representatives from L2, R small integers written a query.
@@ -131,7 +131,6 @@ def _select_kernel(
     p_first,
     p_of_token,
     p_choice,
-    p_unsettled,
     T,
     N,
     K,
@@ -148,14 +147,10 @@ def _select_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    AGAIN: tl.constexpr,
 ):
     # The last rows have the most blocks to choose from: they start first.
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     i_kv = tl.program_id(1)
-    if AGAIN:  # noqa: SIM102 (both conditions in one would load in any case)
-        if tl.load(p_unsettled + i_kv * tl.num_programs(0) + i_tile) == 0:
-            return
     o_row = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_row < T * G
     # (BLOCK_M,) own block and first block of each row's segment
@@ -178,21 +173,20 @@ def _select_kernel(
     b_no_index = (FAR + SLOTS - o_slot)[None, :] + tl.zeros([BLOCK_M, SLOTS], tl.int32)
     b_best, b_index = b_no_best, b_no_index
     i_base = i_kv.to(tl.int64) * N
-    if not AGAIN:
-        b_best, b_index = _visit(
-            p_high, p_low, b_query, b_first, b_own, i_base, n_start, n_edge, i_own_high, b_best, b_index, R, FAR,
-            LOWEST, TAKEN, TIE, D, BLOCK_D, BLOCK_N, True, False,
-        )  # fmt: skip
-        b_best, b_index = _visit(
-            p_high, p_low, b_query, b_first, b_own, i_base, n_edge, n_plain, i_own_high, b_best, b_index, R, FAR,
-            LOWEST, TAKEN, TIE, D, BLOCK_D, BLOCK_N, False, False,
-        )  # fmt: skip
-        b_best, b_index = _visit(
-            p_high, p_low, b_query, b_first, b_own, i_base, n_plain, i_own_high, i_own_high, b_best, b_index, R, FAR,
-            LOWEST, TAKEN, TIE, D, BLOCK_D, BLOCK_N, True, False,
-        )  # fmt: skip
+    b_best, b_index = _visit(
+        p_high, p_low, b_query, b_first, b_own, i_base, n_start, n_edge, i_own_high, b_best, b_index, R, FAR,
+        LOWEST, TAKEN, TIE, D, BLOCK_D, BLOCK_N, True, False,
+    )  # fmt: skip
+    b_best, b_index = _visit(
+        p_high, p_low, b_query, b_first, b_own, i_base, n_edge, n_plain, i_own_high, b_best, b_index, R, FAR,
+        LOWEST, TAKEN, TIE, D, BLOCK_D, BLOCK_N, False, False,
+    )  # fmt: skip
+    b_best, b_index = _visit(
+        p_high, p_low, b_query, b_first, b_own, i_base, n_plain, i_own_high, i_own_high, b_best, b_index, R, FAR,
+        LOWEST, TAKEN, TIE, D, BLOCK_D, BLOCK_N, True, False,
+    )  # fmt: skip
     m_again = m_row & _unsettled(b_best, b_first, b_own, R, LOWEST, SLOTS)
-    if AGAIN or tl.max(m_again.to(tl.int32), 0) > 0:  # in the way that keeps the order of equal scores
+    if tl.max(m_again.to(tl.int32), 0) > 0:  # in the way that keeps the order of equal scores
         b_best, b_index = _visit(
             p_high, p_low, b_query, b_first, b_own, i_base, n_start, i_own_high, i_own_high, b_no_best, b_no_index, R,
             FAR, LOWEST, TAKEN, TIE, D, BLOCK_D, BLOCK_N, True, True,
@@ -209,11 +203,10 @@ def choice_type(tokens: int, block_size: int) -> torch.dtype:
     return torch.uint8 if most <= 255 else torch.int16 if most <= 32767 else torch.int32
 
 
-def _tuned(query: Tensor, high: Tensor, low: Tensor, block_size: int, choose: int) -> Any:
-    """``select`` of the package for Hopper, if it is there and serves these tensors better."""
+def _tuned(query: Tensor, high: Tensor, low: Tensor, choose: int) -> Any:
+    """``select`` of the package for Hopper, if it is there and serves these tensors."""
     package = on_hopper(query, high, low)
-    served = package is not None and package.select.serves(query, high, len(query) // block_size, choose, TIE)
-    return package.select if served else None
+    return package.select if package is not None and package.select.serves(query, choose) else None
 
 
 def select(query: Tensor, high: Tensor, low: Tensor, blocks: Blocks, block_size: int, choose: int) -> Tensor:
@@ -235,16 +228,13 @@ def select(query: Tensor, high: Tensor, low: Tensor, blocks: Blocks, block_size:
     group = heads // kv_heads
     dtype = choice_type(tokens, block_size)
     choices = torch.empty(kv_heads, tokens, group, choose, dtype=dtype, device=query.device)
+    tuned = _tuned(query, high, low, choose)
+    if tuned is not None:
+        tuned.launch(query, high, low, blocks, choices, NONE=torch.iinfo(dtype).max, LOWEST=LOWEST)
+        return choices
     slots = triton.next_power_of_2(choose)
     # The pairs stay in registers; queries and two tiles of representatives in shared memory.
     rows, warps = (128, 8) if slots <= 32 and head_dim <= 128 else (64, 4) if slots <= 64 else (16, 4)
-    tuned = _tuned(query, high, low, block_size, choose)
-    if tuned is None:
-        unsettled = choices  # not read
-    else:
-        constants = dict(NONE=torch.iinfo(dtype).max, LOWEST=LOWEST, TAKEN=TAKEN, TIE=TIE)
-        unsettled = tuned.launch(query, high, low, blocks, choices, **constants)
-        rows, warps = tuned.HALF.value, 4
     _select_kernel[(triton.cdiv(tokens * group, rows), kv_heads)](
         query,
         high,
@@ -252,7 +242,6 @@ def select(query: Tensor, high: Tensor, low: Tensor, blocks: Blocks, block_size:
         blocks.first,
         blocks.of_token,
         choices,
-        unsettled,
         tokens,
         count,
         kv_heads,
@@ -269,7 +258,6 @@ def select(query: Tensor, high: Tensor, low: Tensor, blocks: Blocks, block_size:
         BLOCK_D=triton.next_power_of_2(head_dim),
         BLOCK_M=rows,
         BLOCK_N=SELECT_BLOCKS,
-        AGAIN=tuned is not None,
         num_warps=warps,
         num_stages=2 if head_dim <= 128 else 1,
         # Two programs a multiprocessor, one multiplying while the other compares, where that costs few spills.

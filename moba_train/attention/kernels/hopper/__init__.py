@@ -4,13 +4,16 @@ forward     ``routed_forward``, for blocks of several key tiles
 resident    ``resident_forward``, for blocks of one key tile
 query       ``routed_query``
 key_value   ``key_value``, with and without the entries' dQ
-select      ``select``, for long segments, all but the rows that need its slower loop
+select      ``select``
+best        its lists of best pairs
+lanes       what one lane does alone
 own_forward ``merge``
 own_query   ``merge_query``
 own         what these two share
 shared      what they share
 
-Each has the tiles, the sums and the order of sums of the Triton kernel that it is named after, and takes its arguments.
+Each but ``select`` has the tiles, the sums and the order of sums of the Triton kernel that it is named after, and takes
+its arguments.
 """
 
 from moba_train.attention.kernels.hopper import (

@@ -1,17 +1,22 @@
-"""The fast rounds of ``select``, on Hopper.
+"""``select`` on Hopper, for up to MOST_CHOICES choices.
 
-A program owns 4 x 64 rows of one kv head. Four warps have the copy engine bring the representatives, BLOCK_N blocks at
-a time. Four warpgroups own 64 rows each. One passes the scores of its rows through shared memory, after which two
-neighbouring lanes hold a row and a warp 16 of them: the rounds need one exchange between lanes and no barrier, and a
-warp makes as many as its own rows ask for.
+A program runs through items of 4 x 64 rows of one kv head. Four warps have the copy engine bring the representatives,
+BLOCK_N blocks at a time. Four warpgroups own 64 rows of an item each, and two neighbouring lanes a row: either keeps
+the R best pairs of the blocks it sees, 4 of every 8. Few scores of a tile are among the R best of their row so far:
+the hits. A warpgroup puts a tile's scores into shared memory and goes on to the product of the next one. While that
+runs, lanes compare their scores with the row's R-th best, which gives a mask of hits, and insert these one at a time,
+as often as the busiest lane of the warp asks for: about three times a tile, in long segments. In a tile of many hits,
+such as the first, those are left out that are not among the 8 best of the tile.
 
-Rounds, and what they leave unsettled, are those of the Triton kernel, which starts over where this one says so. So are
-work and bytes, but that the representatives come from L2 once for 256 rows.
+Ties go to the earlier block: a lane sees its blocks in order, and what equals the R-th best is no hit. So choices are
+those of the Triton kernel, bit by bit, also where scores are infinite or no numbers.
+
+Work: 2 products of 2 x D operations for each (query, earlier block), about 2 instructions a score and 6 x R an
+insertion. Bytes: queries once, representatives from L2 once for 256 rows, R small integers written a query.
 """
 
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -24,196 +29,196 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moba_train.attention.blocks import Blocks
-from moba_train.attention.kernels.hopper.shared import HALF, barriers, copy_tile, described, load_rows, reinterpret
+from moba_train.attention.kernels.hopper import best, lanes
+from moba_train.attention.kernels.hopper.shared import (
+    HALF,
+    barriers,
+    copy_tile,
+    described,
+    load_rows,
+    programs,
+    reinterpret,
+)
 from moba_train.attention.kernels.plan import Config
 from moba_train.attention.kernels.rows import NUMBERS
 
-TILING = Config(rows=256, keys=64, warps=4, stages=2)  # keys: blocks
+TILING = Config(rows=256, keys=64, warps=4, stages=3)  # keys: blocks
 HEAD_DIMS = (64, 128)
-MOST_CHOICES = 8
-LONG_SEGMENT = 512  # blocks; with far fewer a program's start takes too much of its time
+MOST_CHOICES = 16
 ROWS: gl.constexpr = gl.constexpr(TILING.rows)
-WARP_ROWS: gl.constexpr = gl.constexpr(16)
-# A multiple of TIE is finite, and twice as much is not.
-HUGE: gl.constexpr = gl.constexpr(2.0**105)
+MANY: gl.constexpr = gl.constexpr(14)  # hits of a lane: from here on it pays to leave some out
+# A lane's mask has column 8 a + 4 * (second lane) + b of a tile, b < 4, in bit 31 - 4 a - b: its first one on top. What
+# ``_column`` makes of a bit is the column but for an exclusive or with FIRST, and the lane's 4.
+FIRST: gl.constexpr = gl.constexpr(0x3B)
 
 
 @gluon.jit
-def _uniform(number):
-    """The same number, now known to be one for all lanes: what depends on it stays out of their registers."""
+def _column(i_bit):
+    return i_bit + (i_bit & 28)
+
+
+@gluon.jit
+def _columns_before(n_column, i_half):
+    """How many of a lane's columns are before column n_column of a tile."""
+    n_column = gl.minimum(gl.maximum(n_column, 0), 64)
+    return n_column // 8 * 4 + gl.minimum(gl.maximum(n_column % 8 - 4 * i_half, 0), 4)
+
+
+@gluon.jit
+def _compare(b_scores, bound, COMPARE: gl.constexpr):
+    """1.0 or 0.0: what is multiplied and added runs at twice the rate of what is chosen."""
     return gl.inline_asm_elementwise(
-        "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1
+        "set." + COMPARE + ".f32.f32 $0, $1, $2;", "=f,f,f", [b_scores, bound], dtype=gl.float32, is_pure=True, pack=1
     )
 
 
 @gluon.jit
-def _warp():
-    """Which of its warpgroup's warps this is. Unlike other scalars it differs: no barrier may depend on it."""
-    return gl.inline_asm_elementwise(
-        "{ mov.u32 $0, %tid.x; bfe.u32 $0, $0, 5, 2; }", "=r", [], dtype=gl.int32, is_pure=True, pack=1
-    )
+def _mask(s_fours, o_lane, bound, COMPARE: gl.constexpr):
+    """A lane's scores that are better than the bound ("gt"), or as good ("ge")."""
+    o_fours = (lanes.after_others(o_lane) ^ FIRST) // 4
+    mask = 0
+    for i_part in gl.static_range(2):  # a float has bits for half of them
+        b_bits = _compare(lanes.read_four(s_fours, o_fours ^ 8 * i_part), bound, COMPARE)
+        for i_four in gl.static_range(1, 4):
+            b_four = lanes.read_four(s_fours, o_fours ^ 2 * (4 * i_part + i_four))
+            b_bits = b_bits * 16.0 + _compare(b_four, bound, COMPARE)
+        o_bit = 3 - gl.arange(0, 4, gl.SliceLayout(0, b_bits.type.layout))
+        part = gl.max(gl.sum(b_bits * (1 << o_bit).to(gl.float32)[None, :], 1), 0)
+        mask = mask * 65536 + part.to(gl.int32)
+    return mask
 
 
 @gluon.jit
-def _lane_sums(b_numbers):
-    """(rows, 2): each lane's sum of a row's numbers, in four chains: one would be a long one."""
-    LANES: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [4, 1], [1, 0])
-    b_sums = gl.sum(gl.sum(b_numbers.reshape(b_numbers.shape[0], b_numbers.shape[1] // 8, 2, 4), 1), 2)
-    return gl.convert_layout(b_sums, LANES, assert_trivial=True)
+def _eighth(s_fours, o_lane, LOWEST: gl.constexpr):
+    """A score that 8 of a row's scores of a tile equal or exceed: of the best ones of eight groups, the worst."""
+    o_fours = (lanes.after_others(o_lane) ^ FIRST) // 4
+    b_best = gl.maximum(lanes.read_four(s_fours, o_fours), LOWEST)
+    for i_four in gl.static_range(1, 8):
+        b_best = gl.maximum(b_best, lanes.read_four(s_fours, o_fours ^ 2 * i_four))
+    worst = gl.min(gl.min(b_best, 1), 0)
+    return gl.minimum(worst, lanes.neighbour(worst))
 
 
 @gluon.jit
-def _row_max(b_numbers):
-    b_largest = gl.max(gl.max(b_numbers.reshape(b_numbers.shape[0], b_numbers.shape[1] // 8, 2, 4), 1), 2)
-    return gl.max(b_largest, 1)
+def _next(s_score, o_lane, mask):
+    """A lane's first hit: its score, -inf if there is none, its column, and the other hits."""
+    i_bit, rest = lanes.take_bit(mask)
+    i_column = _column(i_bit)
+    score = gl.where(mask != 0, lanes.read(s_score, i_column ^ o_lane), -float("inf"))
+    return score, i_column, rest
 
 
 @gluon.jit
-def _places(BLOCK_N: gl.constexpr, TIE: gl.constexpr, SCORES: gl.constexpr):
-    """TIE + the place of each column among those of its lane, which has every other four: the same in both lanes, so
-    that places are part of the instructions."""
-    o_column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
-    return (o_column // 8 * 4 + o_column % 4 + TIE).to(gl.float32)
+def _multiply(b_query, s_high, s_low, full, i_ring, m_tile, b_product, STAGES: gl.constexpr):
+    """Start on the scores of a tile, as soon as it is there; where there is none, on what is there."""
+    i_slot = i_ring % STAGES
+    mbarrier.wait(full.index(i_slot), i_ring // STAGES & 1, pred=m_tile)
+    b_product = warpgroup_mma(b_query, s_low.index(i_slot).permute((1, 0)), b_product, use_acc=False, is_async=True)
+    return warpgroup_mma(b_query, s_high.index(i_slot).permute((1, 0)), b_product, is_async=True)
 
 
 @gluon.jit
-def _row_place(b_hit, o_place):
-    """The sum of the places that are hit; those of the second lane follow those of the first."""
-    b_sums = _lane_sums(b_hit * o_place[None, :])
-    o_lane = gl.arange(0, 2, gl.SliceLayout(0, b_sums.type.layout)).to(gl.float32)
-    return gl.sum(b_sums + gl.where(b_sums > 0.0, 1.0, 0.0) * (o_lane * (b_hit.shape[1] // 2))[None, :], 1)
+def _item(i_item, p_first, p_of_token, T, G: gl.constexpr, BLOCK_N: gl.constexpr):
+    """kv head, first row, first block and number of tiles. The last rows come first: they have most blocks."""
+    n_row_tiles = (T * G + ROWS - 1) // ROWS
+    n_row = (n_row_tiles - 1 - i_item % n_row_tiles) * ROWS
+    n_start = gl.load(p_first + gl.load(p_of_token + n_row // G))
+    n_stop = gl.load(p_of_token + gl.minimum(n_row + ROWS - 1, T * G - 1) // G)
+    return i_item // n_row_tiles, n_row, n_start, lanes.uniform((n_stop - n_start + BLOCK_N - 1) // BLOCK_N)
 
 
 @gluon.jit
-def _column(o_place, BLOCK_N: gl.constexpr):
-    """The column of a place, as both count on over tiles."""
-    o_own = o_place % (BLOCK_N // 2)
-    return o_place // BLOCK_N * BLOCK_N + o_own // 4 * 8 + o_place % BLOCK_N // (BLOCK_N // 2) * 4 + o_own % 4
-
-
-@gluon.jit
-def _insert(b_scores, o_place, n_place, b_best, b_index, n_rounds, TAKEN: gl.constexpr):
-    """``_insert_fast`` of the Triton kernel, for a warp: scores (WARP_ROWS, BLOCK_N) whose places start at n_place,
-    best pairs (WARP_ROWS, SLOTS). Where scores that count are equal, what goes in is no number: it stays."""
-    SCORES: gl.constexpr = gl.SliceLayout(1, b_scores.type.layout)
-    PAIRS: gl.constexpr = gl.SliceLayout(1, b_best.type.layout)
-    for _ in range(n_rounds):
-        b_top = gl.convert_layout(_row_max(b_scores), SCORES, assert_trivial=True)
-        b_hit = gl.where(b_scores == b_top[:, None], 1.0, 0.0)
-        b_place = gl.convert_layout(_row_place(b_hit, o_place), PAIRS, assert_trivial=True)
-        b_scores = b_scores + b_hit * TAKEN
-        b_worst = gl.min(b_best, 1)
-        m_worst = b_best == b_worst[:, None]
-        b_last = gl.max(gl.where(m_worst, b_index, -1.0), 1)
-        b_top = gl.convert_layout(b_top, PAIRS, assert_trivial=True)
-        m_slot = m_worst & (b_index == b_last[:, None]) & (b_top > b_worst)[:, None]
-        b_best = gl.where(m_slot, (b_top + (b_place * HUGE) * 0.0)[:, None], b_best)
-        b_index = gl.where(m_slot, (b_place + n_place)[:, None], b_index)
-    return b_best, b_index
-
-
-@gluon.jit
-def _store_choices(
-    p_first, p_of_token, p_choice, p_unsettled, b_best, b_index, n_row, n_start, i_kv, T, G: gl.constexpr,
-    R: gl.constexpr, NONE: gl.constexpr, LOWEST: gl.constexpr, BLOCK_N: gl.constexpr,
-):  # fmt: skip
-    """Choices of a warpgroup's rows, from their best pairs (HALF, SLOTS), and whether any of them is unsettled."""
-    o_row = n_row + gl.arange(0, HALF, gl.SliceLayout(1, b_best.type.layout))
-    o_slot = gl.arange(0, b_best.shape[1], gl.SliceLayout(0, b_best.type.layout))
-    b_own = gl.load(p_of_token + gl.minimum(o_row, T * G - 1) // G)
-    b_first = gl.load(p_first + b_own)
-    m_row = o_row < T * G
-    m_slot = (o_slot < R)[None, :]
-    b_sure = gl.sum((m_slot & (b_best > LOWEST) & (b_best < float("inf"))).to(gl.int32), 1)
-    b_unsettled = (m_row & (b_sure < gl.minimum(b_own - b_first, R))).to(gl.int32)
-    p_row_tile = p_unsettled + (i_kv * ((T * G + HALF - 1) // HALF) + n_row // HALF)
-    gl.store(p_row_tile, gl.max(b_unsettled, 0).to(gl.int8), mask=n_row < T * G)
-    b_block = n_start + _column(b_index.to(gl.int32) - n_start, BLOCK_N)
-    b_choice = gl.where(b_best > LOWEST, b_block - b_first[:, None], NONE)
+def _store_choices(p_choice, s_rows, choices, n_row, i_kv, i_thread, T, G: gl.constexpr, R: gl.constexpr):
+    """Those of each pair's first lane."""
+    SLOTS: gl.constexpr = 8 if R <= 8 else 16
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    PAIRS: gl.constexpr = gl.BlockedLayout([1, SLOTS], [16, 2], [4, 1], [1, 0])
+    s_choice = reinterpret(s_rows, gl.int32, [HALF * 2 * SLOTS, 1, 1], PLAIN)
+    for k in gl.static_range(R):
+        lanes.write(s_choice, i_thread * SLOTS + k, choices[k])
+    o_row = n_row + gl.arange(0, HALF, gl.SliceLayout(1, PAIRS))
+    o_slot = gl.arange(0, 2 * SLOTS, gl.SliceLayout(0, PAIRS))
     p_rows = p_choice + (i_kv.to(gl.int64) * T * G + o_row)[:, None] * R + o_slot[None, :]
-    gl.store(p_rows, b_choice.to(p_choice.dtype.element_ty), mask=m_row[:, None] & m_slot)
+    b_choice = reinterpret(s_rows, gl.int32, [HALF, 2 * SLOTS], PLAIN).load(PAIRS).to(p_choice.dtype.element_ty)
+    gl.store(p_rows, b_choice, mask=(o_row < T * G)[:, None] & (o_slot < R)[None, :])
 
 
 @gluon.jit
 def _choose(
-    p_query, p_first, p_of_token, p_choice, p_unsettled, s_queries, s_high, s_low, full, free, n_first_row, n_start,
-    n_tiles, i_kv, T, K, I_GROUP: gl.constexpr, G: gl.constexpr, R: gl.constexpr, SLOTS: gl.constexpr,
-    NONE: gl.constexpr, LOWEST: gl.constexpr, TAKEN: gl.constexpr, TIE: gl.constexpr, D: gl.constexpr,
+    p_query, p_first, p_of_token, p_choice, s_shared, s_high, s_low, full, free, T, K, I_GROUP: gl.constexpr,
+    G: gl.constexpr, R: gl.constexpr, NONE: gl.constexpr, LOWEST: gl.constexpr, D: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup: HALF rows. Past the last row it repeats, and is not stored."""
+    """A warpgroup: HALF rows of every item. Past the last row it repeats, and is not stored."""
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    SCORES: gl.constexpr = gl.BlockedLayout([1, 4], [16, 2], [4, 1], [1, 0])
-    PAIRS: gl.constexpr = gl.BlockedLayout([1, SLOTS // 2], [16, 2], [4, 1], [1, 0])
     QUERIES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    n_row = n_first_row + I_GROUP * HALF
+    s_rows = s_shared.index(I_GROUP)  # an item's queries, its tiles of scores and its choices, in turn
+    s_queries = reinterpret(s_rows, p_query.dtype.element_ty, [HALF, D], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    s_score = reinterpret(s_rows, gl.float32, [HALF * BLOCK_N, 1, 1], PLAIN)
+    s_fours = reinterpret(s_rows, gl.float32, [HALF * BLOCK_N // 4, 1, 4], PLAIN)
+    i_thread = lanes.thread()
+    i_row, i_half = i_thread // 2, i_thread % 2
+    # A lane's scores lie here, once ``_column`` is brought in by an exclusive or.
+    o_lane = i_row * BLOCK_N + i_half * 4 ^ i_row % 4 * 8 ^ FIRST
     n_last = T * G - 1
-    i_warp = _warp()
-    i_own_low = _uniform(gl.load(p_of_token + gl.minimum(n_row, n_last) // G))
-    i_own_high = gl.load(p_of_token + gl.minimum(n_row + HALF - 1, n_last) // G)
-    o_row = n_row + i_warp * WARP_ROWS + gl.arange(0, WARP_ROWS, gl.SliceLayout(1, SCORES))
-    b_own = gl.load(p_of_token + gl.minimum(o_row, n_last) // G)
-    o_query = gl.minimum(n_row + gl.arange(0, HALF, gl.SliceLayout(1, QUERIES)), n_last)
-    load_rows(p_query, o_query, i_kv, s_queries.index(I_GROUP), K, G, D, QUERIES)
-    # From n_shared to i_own_low every row may choose every block: no mask there.
-    n_shared = _uniform(gl.load(p_first + i_own_high))
-    b_first = gl.load(p_first + b_own)
-    n_tiles = _uniform(n_tiles)
-    fence_async_shared()
-    b_query = s_queries.index(I_GROUP).load(gl.DotOperandLayout(0, PRODUCT, 2))
-    s_scores = gl.allocate_shared_memory(gl.float32, [HALF, BLOCK_N], SWIZZLED)
-    s_own_scores = reinterpret(s_scores, gl.float32, [4, WARP_ROWS, BLOCK_N], SWIZZLED)
-
-    b_none = gl.zeros([HALF, BLOCK_N], gl.float32, PRODUCT)
-    o_place = _places(BLOCK_N, TIE, SCORES)
-    o_slot = gl.arange(0, SLOTS, gl.SliceLayout(0, PAIRS))
-    # Slots past R hold +inf and are never the worst; empty ones fill from slot 0 on.
-    b_best = gl.where((o_slot < R)[None, :], LOWEST, float("inf")) + gl.zeros([WARP_ROWS, SLOTS], gl.float32, PAIRS)
-    b_index = (2 * TIE + SLOTS - o_slot).to(gl.float32)[None, :] + gl.zeros([WARP_ROWS, SLOTS], gl.float32, PAIRS)
-    for i_tile in range(n_tiles):
-        n_block = n_start + i_tile * BLOCK_N
-        i_slot = i_tile % STAGES
-        mbarrier.wait(full.index(i_slot), i_tile // STAGES & 1)
-        b_product = warpgroup_mma(b_query, s_low.index(i_slot).permute((1, 0)), b_none, use_acc=False, is_async=True)
-        b_product = warpgroup_mma(b_query, s_high.index(i_slot).permute((1, 0)), b_product, is_async=True)
-        b_product = warpgroup_mma_wait(0, deps=[b_product])
-        mbarrier.arrive(free.index(i_slot), count=1)
-        s_scores.store(b_product)
-        # (WARP_ROWS, BLOCK_N): from here on every warp is at its own rows.
-        b_scores = s_own_scores.index(i_warp).load(SCORES)
-        if (n_block < n_shared) | (n_block + BLOCK_N > i_own_low):
-            o_block = n_block + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
-            m_allowed = (o_block[None, :] >= b_first[:, None]) & (o_block[None, :] < b_own[:, None])
-            b_scores = gl.where(m_allowed, b_scores, -float("inf"))
-        b_worst = gl.convert_layout(gl.min(b_best, 1), gl.SliceLayout(1, SCORES), assert_trivial=True)
-        b_better = gl.sum(_lane_sums(gl.where(b_scores > b_worst[:, None], 1.0, 0.0)), 1)
-        n_rounds = _uniform(gl.minimum(gl.max(b_better, 0).to(gl.int32), R))
-        b_best, b_index = _insert(b_scores, o_place, n_block.to(gl.float32) - TIE, b_best, b_index, n_rounds, TAKEN)
-
-    s_own_pairs = reinterpret(s_scores, gl.float32, [8, WARP_ROWS, SLOTS], PLAIN)
-    s_own_pairs.index(i_warp).store(b_best)
-    s_own_pairs.index(i_warp + 4).store(b_index)
-    s_pairs = reinterpret(s_scores, gl.float32, [2, HALF, SLOTS], PLAIN)
-    _store_choices(
-        p_first, p_of_token, p_choice, p_unsettled, s_pairs.index(0).load(PAIRS), s_pairs.index(1).load(PAIRS), n_row,
-        n_start, i_kv, T, G, R, NONE, LOWEST, BLOCK_N,
-    )  # fmt: skip
+    n_ring = 0
+    for i_item in range(gl.program_id(0), lanes.uniform((T * G + ROWS - 1) // ROWS * K), gl.num_programs(0)):
+        i_kv, n_row, n_start, n_tiles = _item(i_item, p_first, p_of_token, T, G, BLOCK_N)
+        n_ring = lanes.uniform(n_ring)
+        n_row += I_GROUP * HALF
+        o_query = gl.minimum(n_row + gl.arange(0, HALF, gl.SliceLayout(1, QUERIES)), n_last)
+        load_rows(p_query, o_query, i_kv, s_queries, K, G, D, QUERIES)
+        # From n_shared to i_own_low every row may choose every block: no mask there.
+        i_own_low = lanes.uniform(gl.load(p_of_token + gl.minimum(n_row, n_last) // G))
+        n_shared = lanes.uniform(gl.load(p_first + gl.load(p_of_token + gl.minimum(n_row + HALF - 1, n_last) // G)))
+        i_own = gl.load(p_of_token + gl.minimum(n_row + i_row, n_last) // G)
+        i_first = gl.load(p_first + i_own)
+        b_query = s_queries.load(gl.DotOperandLayout(0, PRODUCT, 2))
+        b_product = gl.zeros([HALF, BLOCK_N], gl.float32, PRODUCT)
+        b_product = _multiply(b_query, s_high, s_low, full, n_ring, n_tiles > 0, b_product, STAGES)
+        scores, blocks = best.none(R, LOWEST)
+        worst = LOWEST
+        for i_tile in range(n_tiles):
+            i_ring, n_block = n_ring + i_tile, n_start + i_tile * BLOCK_N
+            b_product = warpgroup_mma_wait(0, deps=[b_product])
+            s_rows.store(b_product)
+            mbarrier.arrive(free.index(i_ring % STAGES), count=1)
+            b_product = _multiply(b_query, s_high, s_low, full, i_ring + 1, i_tile + 1 < n_tiles, b_product, STAGES)
+            mask = _mask(s_fours, o_lane, worst, "gt")
+            if (n_block < n_shared) | (n_block + BLOCK_N > i_own_low):
+                mask &= lanes.bits_from(_columns_before(i_first - n_block, i_half))
+                mask &= ~lanes.bits_from(_columns_before(i_own - n_block, i_half))
+            elif R <= 8 and lanes.in_any(lanes.count_bits(mask) > MANY):
+                mask &= _mask(s_fours, o_lane, _eighth(s_fours, o_lane, LOWEST), "ge")
+            while lanes.in_any(mask):
+                score, i_column, mask = _next(s_score, o_lane, mask)
+                scores, blocks = best.insert(scores, blocks, score, i_tile * BLOCK_N + i_column, R)
+            worst = best.row_worst(scores, R)
+        warpgroup_mma_wait(0, deps=[b_product])
+        n_ring += n_tiles
+        blocks = [(block ^ FIRST) + (n_start - i_first + 4 * i_half) for block in blocks]  # from the segment's first
+        choices = best.row_choices(scores, blocks, i_own - i_first, R, NONE, LOWEST)
+        _store_choices(p_choice, s_rows, choices, n_row, i_kv, i_thread, T, G, R)
 
 
 @gluon.jit
 def _load_tiles(
-    d_high, d_low, s_high, s_low, full, free, n_first, n_tiles, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
-):
-    """The copying warps: tiles of representatives, each as soon as its buffers are free."""
-    n_tiles = _uniform(n_tiles)
-    for i_tile in range(n_tiles):
-        i_slot = i_tile % STAGES
-        mbarrier.wait(free.index(i_slot), (i_tile // STAGES & 1) ^ 1)
-        mbarrier.expect(full.index(i_slot), 2 * d_high.block_type.nbytes)
-        copy_tile(d_low, [n_first + i_tile * BLOCK_N, 0], full.index(i_slot), s_low.index(i_slot))
-        copy_tile(d_high, [n_first + i_tile * BLOCK_N, 0], full.index(i_slot), s_high.index(i_slot))
+    d_high, d_low, p_first, p_of_token, s_high, s_low, full, free, T, N, K, G: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """The copying warps: the items' tiles of representatives, each as soon as its buffers are free."""
+    n_ring = 0
+    for i_item in range(gl.program_id(0), lanes.uniform((T * G + ROWS - 1) // ROWS * K), gl.num_programs(0)):
+        i_kv, _, n_start, n_tiles = _item(i_item, p_first, p_of_token, T, G, BLOCK_N)
+        n_ring = lanes.uniform(n_ring)
+        for i_tile in range(n_tiles):
+            i_slot, n_block = (n_ring + i_tile) % STAGES, i_kv * N + n_start + i_tile * BLOCK_N
+            mbarrier.wait(free.index(i_slot), ((n_ring + i_tile) // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(i_slot), 2 * d_high.block_type.nbytes)
+            copy_tile(d_low, [n_block, 0], full.index(i_slot), s_low.index(i_slot))
+            copy_tile(d_high, [n_block, 0], full.index(i_slot), s_high.index(i_slot))
+        n_ring += n_tiles
 
 
 @gluon.jit(do_not_specialize=NUMBERS)
@@ -224,84 +229,63 @@ def select_hopper_kernel(
     p_first,
     p_of_token,
     p_choice,
-    p_unsettled,
     T,
     N,
     K,
     G: gl.constexpr,
     R: gl.constexpr,
-    SLOTS: gl.constexpr,
     NONE: gl.constexpr,
     LOWEST: gl.constexpr,
-    TAKEN: gl.constexpr,
-    TIE: gl.constexpr,
     D: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    # The last rows have the most blocks to choose from: they start first.
-    n_row = (gl.num_programs(0) - 1 - gl.program_id(0)) * ROWS
-    i_kv = gl.program_id(1)
-    n_start = gl.load(p_first + gl.load(p_of_token + n_row // G))
-    n_stop = gl.load(p_of_token + gl.minimum(n_row + ROWS - 1, T * G - 1) // G)
-    n_tiles = (n_stop - n_start + BLOCK_N - 1) // BLOCK_N
-
-    TYPE: gl.constexpr = p_query.dtype.element_ty
-    s_queries = gl.allocate_shared_memory(TYPE, [4, HALF, D], gl.NVMMASharedLayout.get_default_for([HALF, D], TYPE))
-    s_high = gl.allocate_shared_memory(TYPE, [STAGES, BLOCK_N, D], d_high.layout)
-    s_low = gl.allocate_shared_memory(TYPE, [STAGES, BLOCK_N, D], d_low.layout)
+    s_shared = gl.allocate_shared_memory(gl.float32, [4, HALF, BLOCK_N], gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
+    s_high = gl.allocate_shared_memory(d_high.dtype, [STAGES, BLOCK_N, D], d_high.layout)
+    s_low = gl.allocate_shared_memory(d_high.dtype, [STAGES, BLOCK_N, D], d_low.layout)
     full, free = barriers(1, STAGES), barriers(4, STAGES)
     fence_async_shared()
     gl.warp_specialize(
         [
             (_choose, (
-                p_query, p_first, p_of_token, p_choice, p_unsettled, s_queries, s_high, s_low, full, free, n_row,
-                n_start, n_tiles, i_kv, T, K, 0, G, R, SLOTS, NONE, LOWEST, TAKEN, TIE, D, BLOCK_N, STAGES,
+                p_query, p_first, p_of_token, p_choice, s_shared, s_high, s_low, full,
+                free, T, K, 0, G, R, NONE, LOWEST, D, BLOCK_N, STAGES,
             )),
             (_choose, (
-                p_query, p_first, p_of_token, p_choice, p_unsettled, s_queries, s_high, s_low, full, free, n_row,
-                n_start, n_tiles, i_kv, T, K, 1, G, R, SLOTS, NONE, LOWEST, TAKEN, TIE, D, BLOCK_N, STAGES,
+                p_query, p_first, p_of_token, p_choice, s_shared, s_high, s_low, full,
+                free, T, K, 1, G, R, NONE, LOWEST, D, BLOCK_N, STAGES,
             )),
             (_choose, (
-                p_query, p_first, p_of_token, p_choice, p_unsettled, s_queries, s_high, s_low, full, free, n_row,
-                n_start, n_tiles, i_kv, T, K, 2, G, R, SLOTS, NONE, LOWEST, TAKEN, TIE, D, BLOCK_N, STAGES,
+                p_query, p_first, p_of_token, p_choice, s_shared, s_high, s_low, full,
+                free, T, K, 2, G, R, NONE, LOWEST, D, BLOCK_N, STAGES,
             )),
             (_choose, (
-                p_query, p_first, p_of_token, p_choice, p_unsettled, s_queries, s_high, s_low, full, free, n_row,
-                n_start, n_tiles, i_kv, T, K, 3, G, R, SLOTS, NONE, LOWEST, TAKEN, TIE, D, BLOCK_N, STAGES,
+                p_query, p_first, p_of_token, p_choice, s_shared, s_high, s_low, full,
+                free, T, K, 3, G, R, NONE, LOWEST, D, BLOCK_N, STAGES,
             )),
-            (_load_tiles, (d_high, d_low, s_high, s_low, full, free, i_kv * N + n_start, n_tiles, BLOCK_N, STAGES)),
+            (_load_tiles, (
+                d_high, d_low, p_first, p_of_token, s_high, s_low, full, free, T, N, K, G, BLOCK_N, STAGES,
+            )),
         ],
         [4, 4, 4, 4],
         [112, 112, 112, 24],
     )  # fmt: skip
 
 
-def serves(query: Tensor, high: Tensor, blocks_of_tokens: int, choose: int, most_blocks: int) -> bool:
-    """Whether this kernel is the faster one, and counts as far.
-
-    Args:
-        query: (T, H, D).
-        high: (K, N, D).
-        blocks_of_tokens: T // block_size; N is more by the number of segments.
-        choose: R.
-        most_blocks: that an index of the pairs can tell apart.
-    """
-    count, head_dim = high.shape[1:]
-    long = blocks_of_tokens >= LONG_SEGMENT * max(1, count - blocks_of_tokens)
-    return long and head_dim in HEAD_DIMS and choose <= MOST_CHOICES and count < most_blocks
+def serves(query: Tensor, choose: int) -> bool:
+    """Whether this kernel takes the query (T, H, D) and R choices."""
+    return query.shape[-1] in HEAD_DIMS and choose <= MOST_CHOICES
 
 
-def launch(query: Tensor, high: Tensor, low: Tensor, blocks: Blocks, choices: Tensor, **constants: Any) -> Tensor:
-    """Fill in choices; (K, row tiles of HALF) int8: where the Triton kernel must start over."""
+def launch(query: Tensor, high: Tensor, low: Tensor, blocks: Blocks, choices: Tensor, **constants: Any) -> None:
+    """Fill in choices."""
     tokens, heads, head_dim = query.shape
     kv_heads, count, _ = high.shape
-    rows, choose = tokens * (heads // kv_heads), choices.shape[-1]
-    unsettled = torch.empty(kv_heads, triton.cdiv(rows, HALF.value), dtype=torch.int8, device=query.device)
+    group = heads // kv_heads
     tiles = (described(part.view(kv_heads * count, 1, head_dim), TILING.keys) for part in (high, low))
-    select_hopper_kernel[(triton.cdiv(rows, TILING.rows), kv_heads)](
-        *tiles, query, blocks.first, blocks.of_token, choices, unsettled, tokens, count, kv_heads,
-        G=heads // kv_heads, R=choose, SLOTS=MOST_CHOICES, D=head_dim, BLOCK_N=TILING.keys,
-        STAGES=TILING.stages, num_warps=TILING.warps, **constants,
+    items = triton.cdiv(tokens * group, TILING.rows) * kv_heads
+    select_hopper_kernel[(min(items, programs(query.device)),)](
+        *tiles, query, blocks.first, blocks.of_token, choices, tokens, count, kv_heads, G=group,
+        R=choices.shape[-1], D=head_dim, BLOCK_N=TILING.keys, STAGES=TILING.stages, num_warps=TILING.warps,
+        **constants,
     )  # fmt: skip
-    return unsettled
