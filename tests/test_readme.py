@@ -39,11 +39,24 @@ def test_pictures_exist() -> None:
         assert (ROOT / picture).is_file(), picture
 
 
+def write_recipe_of_your_own(folder: Path) -> None:
+    block = next(block for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "label: mine" in block)
+    (folder / "experiment").mkdir()
+    (folder / "experiment/mine.yaml").write_text(block)
+
+
+def test_the_batch_job_of_your_own_recipe_would_start(tmp_path: Path) -> None:
+    """Its rows share out over the ranks that the page gives it."""
+    write_recipe_of_your_own(tmp_path)
+    (line,) = re.findall(r"^    moba-train (train experiment=mine launch=slurm .*?)  +#", README, re.MULTILINE)
+    command = [sys.executable, "-m", "moba_train", *line.split(), f"--config-dir={tmp_path}", "launch.dry_run=true"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_recipe_of_your_own_composes(tmp_path: Path) -> None:
     """With the model's own tokenizer: a default of the embedded model must not stay behind."""
-    block = next(block for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "label: mine" in block)
-    (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment/mine.yaml").write_text(block)
+    write_recipe_of_your_own(tmp_path)
     command = [
         sys.executable,
         "-m",

@@ -60,8 +60,15 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """One uint32 array of ids a text."""
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        """One uint32 array of ids a text.
+
+        Raises:
+            ValueError: a text that the tokenizer has no ids for.
+        """
+        try:
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # of the library's own, with no name
+            raise ValueError(f"tokenizer {self.path!r} cannot encode a text ({error}): take another") from error
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -121,6 +121,12 @@ def test_a_folder_must_name_its_end_of_text(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path / "endless"))
 
 
+def test_a_text_without_ids_is_told_in_one_line() -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"</s>": 0, "known": 1}, unk_token="<unk>"))
+    with pytest.raises(ValueError, match=r"tokenizer 'made here' cannot encode a text \(.*UNK.*\): take another"):
+        Tokenizer(backend, 0, "made here").encode_batch(["known", "unknown"])
+
+
 def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"version": 3}')
     with pytest.raises(ValueError, match="is not a tokenizers JSON file"):
