@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +54,14 @@ def test_an_unknown_case_is_one_line() -> None:
         timeout=120,
     )
     assert done.returncode == 1 and done.stderr.startswith("error: unknown case 33k: choose from tiny, ")
+
+
+def test_every_kernel_of_attention_is_counted_as_attention() -> None:
+    groups = runpy.run_path(str(ROOT / "scripts/bench_train_profile.py"))["GROUPS"]
+    files = (ROOT / "moba_train/attention/kernels").rglob("*.py")
+    kernels = {name for file in files for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.M)}
+    assert len(kernels) > 20
+    of_kernels = {
+        next(group for group, names in groups.items() if any(n in kernel for n in names)) for kernel in kernels
+    }
+    assert of_kernels == {"attention"}
