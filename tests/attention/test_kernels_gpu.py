@@ -169,6 +169,26 @@ def test_triton_s_kernels_agree_with_those_for_hopper(tiling, monkeypatch):
     assert 0 < max(errors.values()) < 4e-3, errors  # 0: the same kernels twice
 
 
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("kernel", ["forward", "key_value", "query", "own_forward", "own_query"])
+def test_a_kernel_runs_back_to_back(kernel, monkeypatch):
+    """A barrier that nobody used once shared bytes with key_value's arguments: seen when launches followed closely."""
+    from moba_train.attention.kernels import hopper
+    from moba_train.attention.kernels.op import triton_attention
+
+    module, calls = getattr(hopper, kernel), []
+    launch = module.launch
+    monkeypatch.setattr(
+        module, "launch", lambda *args, **kwargs: calls.append((args, kwargs)) or launch(*args, **kwargs)
+    )
+    case = Case("back to back", (13 * 4096 + 900, 77, 9001), 4, 1, 128, 4096, 12)
+    attend(triton_attention, case, case.spec, case.tensors("cuda", torch.bfloat16))
+    args, kwargs = calls[-1]
+    for _ in range(200):
+        launch(*args, **kwargs)
+    torch.cuda.synchronize()
+
+
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """The norm of the difference over that of ``wanted``."""
     return float((found.float() - wanted.float()).norm() / wanted.float().norm())

@@ -239,12 +239,13 @@ def key_value_hopper_kernel(
     s_d_out = gl.allocate_shared_memory(TYPE, [STAGES, BLOCK_M, D], ROWS)
     s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], NUMBER)
     s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], NUMBER)
+    keys_full, full, free = barriers(1, 1), barriers(1, STAGES), barriers(2, STAGES)
     if QUERY:
         s_exchange = gl.allocate_shared_memory(TYPE, [4, HALF, BLOCK_M], NARROW)
         s_d_query = gl.allocate_shared_memory(TYPE, [2, BLOCK_M, D // 2], NARROW)
-    else:  # not used
-        s_exchange, s_d_query = s_query, s_query
-    keys_full, exchanged, full, free = barriers(1, 1), barriers(2, 1), barriers(1, STAGES), barriers(2, STAGES)
+        exchanged = barriers(2, 1)
+    else:  # Not used: a barrier here would share its bytes with what warp_specialize hands over, and spoil it.
+        s_exchange, s_d_query, exchanged = s_query, s_query, keys_full
     fence_async_shared()
     gl.warp_specialize(
         [
