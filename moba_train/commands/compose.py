@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -59,28 +60,39 @@ def run_hydra(
     # Without this Hydra prints several lines of its own for each fault and ends the process.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     faults: list[ValueError | OSError] = []
-    composed_once = False
+    begun: list[DictConfig] = []
     _sweeps.clear()
 
     def guarded(composed: DictConfig) -> object:
-        nonlocal composed_once
-        composed_once = True
+        begun.append(composed)
         try:
             return job(composed)
         except (ValueError, OSError) as error:  # Hydra would print a line of its own before ours
             faults.append(error)
             return None
 
-    try:
+    with _in_one_line(overrides, begun):
         _note_swept(overrides)
         hydra.main(version_base="1.3", config_path=str(embedded.folder("configs")), config_name=config_name)(guarded)()
+    if faults:
+        raise faults[0]
+    multirun = {"-m", "--multirun"} & set(options)
+    return _sweeps[-1] if multirun and _sweeps else None
+
+
+@contextmanager
+def _in_one_line(overrides: list[str], begun: list[DictConfig]) -> Iterator[None]:
+    """What composing refuses, as a ValueError of one line. ``begun`` holds something once a job has begun: what goes
+    wrong from then on is none of composing's."""
+    try:
+        yield
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(one_line(error)) from None
     except MarkedYAMLError as error:
         raise ValueError(yaml_line(error)) from None
     except (AssertionError, AttributeError) as error:
         # OmegaConf's way to say that an override reaches into an unset group of a list's entry.
-        if composed_once or "NoneType" not in str(error):
+        if begun or "NoneType" not in str(error):
             raise
         named = ", ".join(override for override in overrides if _ENTRY.search(override)) or "an override"
         raise ValueError(f"{named}: names a group that is not set there; give it in a recipe file") from None
@@ -89,10 +101,6 @@ def run_hydra(
             raise
         # A job that was cancelled, or that its machine ended: what it said last.
         raise ValueError(f"a point of the sweep did not end: {str(error).strip().splitlines()[-1]}") from None
-    if faults:
-        raise faults[0]
-    multirun = {"-m", "--multirun"} & set(options)
-    return _sweeps[-1] if multirun and _sweeps else None
 
 
 def register(schema: type[Config] = Config) -> None:
