@@ -96,7 +96,7 @@ def _fold(
         fence_async_shared()  # the copy engine would not wait for loads that are under way
         mbarrier.arrive(free.index(i_slot), count=1)
         # What was not chosen was not written either: it may be NaN.
-        b_out += gl.where(b_weight > 0, b_partial * b_weight, 0.0)
+        b_out += gl.where(b_weight > 0, b_partial, 0.0) * b_weight
         i_item += 1
     return b_max, b_sum, b_out, i_item
 
