@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-train: $(READY) ## the default recipe, from the embedded corpus to its report (4 minutes on 2 cores)
+train: $(READY) ## the default recipe, from the embedded corpus to its report (3.5 minutes on 2 cores)
 	$(BIN)/moba-train train
 
 test: $(READY) ## the CPU test suite (under 4 minutes on 2 cores)

@@ -107,7 +107,7 @@ def _loaded_configuration(model: ModelConfig, weights: bool) -> PretrainedConfig
         if model.gguf_file is None and (own := key_conv_folder.own_configuration(location, **how)) is not None:
             return own
         return AutoConfig.from_pretrained(location, trust_remote_code=False, **how)
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except Exception as error:  # what transformers raises of a config.json that is none is of many types
         raise ValueError(
             f"model.path={model.path} cannot be loaded ({_one_line(error)}): give a Hugging Face model folder"
         ) from None

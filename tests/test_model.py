@@ -118,7 +118,7 @@ def test_no_folder_is_one_line(tmp_path: Path) -> None:
     refused(r"model\.path=nope is not a folder", path="nope")
     refused("holds no config.json", path=str(tmp_path))
     (tmp_path / "model.safetensors").touch()
-    for content in ("{", "{}", '{"model_type": "llama", "hidden_size": "wide"}', '{"model_type": "nope"}'):
+    for content in ("{", "{}", '{"model_type": "llama", "hidden_size": "wide"}', '{"model_type": "nope"}', "[]"):
         (tmp_path / "config.json").write_text(content)
         refused(r"model\.path=.* cannot be loaded", path=str(tmp_path))
     refused("no model_type", architecture={"hidden_size": 8})

@@ -140,3 +140,6 @@ def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="cannot be loaded as a folder or hub name"):
         load_tokenizer(str(tmp_path / "empty"))
+    (tmp_path / "empty/tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"cannot be loaded as a folder or hub name: \w+Error: "):
+        load_tokenizer(str(tmp_path / "empty"))
