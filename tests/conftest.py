@@ -43,7 +43,8 @@ class Live:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.failed:
             at = f"{time.monotonic() - self.start:5.0f} s"
-            print(f"\n{at}  {report.outcome} in {report.duration:.1f} s: {report.nodeid}", end=" ", flush=True)
+            told = "; ".join(str(value) for _, value in report.user_properties)
+            print(f"\n{at}  {report.outcome} in {report.duration:.1f} s: {report.nodeid} {told}", end=" ", flush=True)
         if report.failed:
             print(f"\n{report.longreprtext[-4000:]}", flush=True)
 
