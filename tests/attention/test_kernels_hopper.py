@@ -21,14 +21,17 @@ INTEGERS = {"bounds", "lists", "of_list", "offsets", "entries", "padded", "padde
 FLOATS = {"lse", "delta", "padded_lse", "padded_delta", "partial_lse"}
 ROWS = {"query", "d_out"}
 LOG2_E = 1.44
+KEY_VALUE = {"LOG2_E": LOG2_E, "R": 2, "BLOCK_M": 64}
 OWN = {"G": 4, "R": 2, "D": 128, "BLOCK_N": 128, "STAGES": 4}
 SIZES = {
-    "forward": {"WIDTH": 2, "B": 256, **OWN},
-    "forward 64": {"WIDTH": 3, "B": 256, **OWN, "D": 64},
+    "forward": {"WIDTH": 2, "TURNS": True, "B": 256, **OWN},
+    "forward 64": {"WIDTH": 3, "TURNS": True, "B": 256, **OWN, "D": 64},
     "resident": {"G": 1, "R": 2, "D": 128, "BLOCK_N": 128, "STAGES": 3},
     "query": {"LOG2_E": LOG2_E, "B": 256, **OWN, "STAGES": 2},
+    "query_narrow": {"LOG2_E": LOG2_E, "B": 256, **OWN, "D": 64, "BLOCK_N": 64, "STAGES": 6},
     "select": {"G": 4, "R": 7, "NONE": 255, "LOWEST": -1e38, "D": 128, "BLOCK_N": 64, "STAGES": 3},
-    "key_value": {"LOG2_E": LOG2_E, "QUERY": True, "G": 1, "R": 2, "TILES": 1, "D": 128, "BLOCK_M": 64, "STAGES": 3},
+    "key_value": {**KEY_VALUE, "QUERY": True, "AHEAD": False, "G": 1, "TILES": 1, "D": 128, "STAGES": 3},
+    "key_value 64": {**KEY_VALUE, "QUERY": False, "AHEAD": True, "G": 4, "TILES": 4, "D": 64, "STAGES": 4},
     "own_forward": OWN,
     "own_query": {"LOG2_E": LOG2_E, **OWN},
 }
@@ -56,7 +59,7 @@ def compile_kernel(name: str) -> None:
 
     module = getattr(hopper, name.split()[0])
     (kernel,) = (value for key, value in vars(module).items() if key.endswith("_hopper_kernel"))
-    tile = 64 if name in ("key_value", "select") else 128
+    tile = 64 if name.split()[0] in ("key_value", "query_narrow", "select") else 128
     sizes, names = SIZES[name], kernel.arg_names
     source = GluonASTSource(
         fn=kernel,

@@ -93,6 +93,8 @@ def _key_value(
     """
     sizes, count = call.sizes, len(call.blocks.first)
     tuned = call.tuned("key_value")
+    if tuned is not None and not tuned.serves(sizes, partial is not None):
+        tuned = None
     ours = call.configs["key_value" if partial is None else "key_value_query"]
     tiling = ours if tuned is None else tuned.TILINGS[sizes.head_dim]
     programs = count * kv_heads * triton.cdiv(sizes.block_size, tiling.keys)

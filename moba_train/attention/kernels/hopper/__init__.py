@@ -2,8 +2,8 @@
 
 forward     ``routed_forward``, for blocks of several key tiles
 resident    ``resident_forward``, for blocks of one key tile
-query       ``routed_query``
-key_value   ``key_value``, with and without the entries' dQ
+query       ``routed_query``; at head_dim 64 by ``query_narrow``, with which it shares ``query_loads``
+key_value   ``key_value``, with and without the entries' dQ; its warpgroups in ``key_value_sums``
 select      ``select``
 best        its lists of best pairs
 lanes       what one lane does alone

@@ -2,7 +2,8 @@
 
 Programs are as many as multiprocessors; each goes from tile to tile, 64 entries of a (kv head, block) list for each of
 two or three warpgroups. One warp has the copy engine bring the block's keys and values, BLOCK_N at a time, through a
-ring of STAGES buffers; two warps gather the next tile's queries while this one is attended to.
+ring of STAGES buffers; two warps gather the next tile's queries while this one is attended to. A tile's last product
+runs beside the first scores, and their softmax, of the next one: blocks are short, and their ends frequent.
 
 Work and bytes are those of the Triton kernel.
 """
@@ -13,11 +14,15 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from moba_train.attention.kernels.hopper.shared import (
     HALF,
-    attend_keys,
     barriers,
     bring,
     described,
@@ -33,6 +38,7 @@ from moba_train.attention.kernels.rows import NUMBERS
 
 # By head_dim. At 64 the exponentials take as long as the products: a third warpgroup fills the gaps.
 TILINGS = {64: Config(rows=192, keys=128, warps=4, stages=4), 128: Config(rows=128, keys=128, warps=4, stages=4)}
+MOST_TURNS = 1024  # keys of a block: in longer ones warpgroups find their rhythm, and waiting for turns costs more
 
 
 @gluon.jit
@@ -41,20 +47,22 @@ def _bring_keys(
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: keys and values of each tile's block in the order of their use."""
-    i_item = i_kv_start * 0
-    i_list = gl.load(p_lists + gl.program_id(0))
-    n_token = gl.load(p_bounds + i_list % N)
-    for i_tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        # Where the next tile's keys lie is known in time.
-        i_next = gl.load(p_lists + gl.minimum(i_tile + gl.num_programs(0), n_tiles - 1))
-        n_next = gl.load(p_bounds + i_next % N)
-        i_column = (i_kv_start + i_list // N) * D
-        i_item = bring(d_key, n_token, i_column, s_ring, full, free, i_item, STAGES)
-        for n_key in range(BLOCK_N, B, BLOCK_N):
-            i_item = bring(d_key, n_token + n_key, i_column, s_ring, full, free, i_item, STAGES)
-            i_item = bring(d_value, n_token + n_key - BLOCK_N, i_column, s_ring, full, free, i_item, STAGES)
-        i_item = bring(d_value, n_token + B - BLOCK_N, i_column, s_ring, full, free, i_item, STAGES)
-        i_list, n_token = i_next, n_next
+    if gl.program_id(0) < n_tiles:
+        i_list = gl.load(p_lists + gl.program_id(0))
+        n_token, i_column = gl.load(p_bounds + i_list % N), (i_kv_start + i_list // N) * D
+        i_item = bring(d_key, n_token, i_column, s_ring, full, free, i_kv_start * 0, STAGES)
+        for i_tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
+            # Where the next tile's keys lie is known in time.
+            i_next = i_tile + gl.num_programs(0)
+            i_list = gl.load(p_lists + gl.minimum(i_next, n_tiles - 1))
+            n_next, i_next_column = gl.load(p_bounds + i_list % N), (i_kv_start + i_list // N) * D
+            for n_key in range(BLOCK_N, B, BLOCK_N):
+                i_item = bring(d_key, n_token + n_key, i_column, s_ring, full, free, i_item, STAGES)
+                i_item = bring(d_value, n_token + n_key - BLOCK_N, i_column, s_ring, full, free, i_item, STAGES)
+            if i_next < n_tiles:
+                i_item = bring(d_key, n_next, i_next_column, s_ring, full, free, i_item, STAGES)
+            i_item = bring(d_value, n_token + B - BLOCK_N, i_column, s_ring, full, free, i_item, STAGES)
+            n_token, i_column = n_next, i_next_column
 
 
 @gluon.jit
@@ -113,34 +121,98 @@ def _store_entries(p_partial, s_place, s_rows, b_rows, D: gl.constexpr):
 
 
 @gluon.jit
-def _attend(
-    p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, scale, n_tiles,
-    I_OWN: gl.constexpr, WIDTH: gl.constexpr, B: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
+def _score(
+    s_rows, s_ring, full, i_item, m_there, SCORES: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
-    """A warpgroup: HALF entries of each tile."""
+    """Start the scores of a warpgroup's rows with the keys in the ring's item i_item; not to be used unless m_there."""
+    b_none = gl.zeros([HALF, BLOCK_N], gl.float32, SCORES)
+    mbarrier.wait(full.index(i_item % STAGES), i_item // STAGES & 1, pred=m_there)
+    s_key = s_ring.index(i_item % STAGES)
+    return warpgroup_mma(s_rows, s_key.permute((1, 0)), b_none, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _softmax_step(b_scores, b_max, b_sum, scale, TYPE: gl.constexpr, LEFT: gl.constexpr):
+    """Weights of a tile of keys, as an operand; the running maximum and sum; by what to multiply earlier results."""
+    b_new = gl.maximum(b_max, gl.max(b_scores, 1) * scale)
+    b_weight = gl.exp2(b_scores * scale - b_new[:, None])
+    b_decay = gl.exp2(b_max - b_new)
+    b_sum = b_sum * b_decay + gl.sum(b_weight, 1)
+    return gl.convert_layout(b_weight.to(TYPE), LEFT), b_new, b_sum, b_decay
+
+
+@gluon.jit
+def _attend(
+    p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, turn, scale, n_tiles,
+    I_OWN: gl.constexpr, WIDTH: gl.constexpr, TURNS: gl.constexpr, B: gl.constexpr, D: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup: HALF entries of each tile.
+
+    Keys and values lie in the ring in the order of their use: k0, then k1 v0 k2 v1 ... on over the tiles. With TURNS
+    warpgroups start their products one after the other, so that one's exponentials run beside another's products.
+    """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    b_every = gl.zeros([HALF], gl.int32, gl.SliceLayout(1, SCORES))  # not used: all rows read all keys
-    i_item, i_turn = n_tiles * 0, n_tiles * 0
-    for _ in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        i_buffer = i_turn % 2
-        s_rows, s_rows_place = s_query.index(i_buffer * WIDTH + I_OWN), s_place.index(i_buffer * WIDTH + I_OWN)
-        mbarrier.wait(rows_full.index(i_buffer), i_turn // 2 & 1)
-        b_max = gl.full([HALF], -1.0e30, gl.float32, gl.SliceLayout(1, SCORES))
-        b_sum = gl.zeros([HALF], gl.float32, gl.SliceLayout(1, SCORES))
-        b_out = gl.zeros([HALF, D], gl.float32, OUT)
-        b_max, b_sum, b_out, i_item = attend_keys(
-            b_max, b_sum, b_out, s_rows, s_ring, full, free, i_item, 0, 0, B, 0, b_every, b_every, scale, False, False,
-            BLOCK_N, STAGES,
-        )  # fmt: skip
-        o_place = s_rows_place.load(gl.SliceLayout(1, SCORES))
-        gl.store(p_partial_lse + o_place, b_max + gl.log2(b_sum), mask=o_place >= 0)
-        b_out = b_out / gl.convert_layout(b_sum, gl.SliceLayout(1, OUT))[:, None]
-        # The queries are read no more: their place serves to store whole rows.
-        _store_entries(p_partial, s_rows_place, s_rows, b_out, D)
-        mbarrier.arrive(rows_free.index(i_buffer), count=1)
-        i_turn += 1
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    TYPE: gl.constexpr = s_query.dtype
+    if gl.program_id(0) < n_tiles:
+        b_least = gl.full([HALF], -1.0e30, gl.float32, gl.SliceLayout(1, SCORES))
+        b_empty = gl.zeros([HALF], gl.float32, gl.SliceLayout(1, SCORES))
+        mbarrier.wait(rows_full.index(0), 0)
+        b_scores = _score(s_query.index(I_OWN), s_ring, full, 0, True, SCORES, BLOCK_N, STAGES)
+        b_scores = warpgroup_mma_wait(0, deps=[b_scores])
+        mbarrier.arrive(free.index(0), count=1)
+        b_left, b_max, b_sum, b_decay = _softmax_step(b_scores, b_least, b_empty, scale, TYPE, LEFT)
+        i_item, i_turn = n_tiles * 0 + 1, n_tiles * 0
+        for i_tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
+            i_rows = i_turn % 2 * WIDTH + I_OWN
+            s_rows = s_query.index(i_rows)
+            b_out = gl.zeros([HALF, D], gl.float32, OUT)
+            for _ in range(BLOCK_N, B, BLOCK_N):
+                i_value = i_item + 1
+                if TURNS:
+                    mbarrier.wait(turn.index(I_OWN), (i_item // 2 & 1) ^ (I_OWN == 0))
+                b_scores = _score(s_rows, s_ring, full, i_item, True, SCORES, BLOCK_N, STAGES)
+                mbarrier.wait(full.index(i_value % STAGES), i_value // STAGES & 1)
+                b_out = warpgroup_mma(b_left, s_ring.index(i_value % STAGES), b_out, is_async=True)
+                if TURNS:
+                    mbarrier.arrive(turn.index((I_OWN + 1) % WIDTH), count=1)
+                b_scores = warpgroup_mma_wait(1, deps=[b_scores])
+                mbarrier.arrive(free.index(i_item % STAGES), count=1)
+                b_next, b_max, b_sum, b_decay = _softmax_step(b_scores, b_max, b_sum, scale, TYPE, LEFT)
+                b_out = warpgroup_mma_wait(0, deps=[b_out])
+                mbarrier.arrive(free.index(i_value % STAGES), count=1)
+                b_out = b_out * gl.convert_layout(b_decay, gl.SliceLayout(1, OUT))[:, None]
+                b_left = b_next
+                i_item += 2
+            # The next tile's first scores, weights and all, are made while this tile's last product is.
+            m_next = i_tile + gl.num_programs(0) < n_tiles
+            i_next = i_turn + 1
+            i_value = i_item + m_next.to(gl.int32)
+            mbarrier.wait(rows_full.index(i_next % 2), i_next // 2 & 1, pred=m_next)
+            s_next = s_query.index(i_next % 2 * WIDTH + I_OWN)
+            if TURNS:
+                mbarrier.wait(turn.index(I_OWN), (i_item // 2 & 1) ^ (I_OWN == 0))
+            b_scores = _score(s_next, s_ring, full, i_item, m_next, SCORES, BLOCK_N, STAGES)
+            mbarrier.wait(full.index(i_value % STAGES), i_value // STAGES & 1)
+            b_out = warpgroup_mma(b_left, s_ring.index(i_value % STAGES), b_out, is_async=True)
+            if TURNS:
+                mbarrier.arrive(turn.index((I_OWN + 1) % WIDTH), count=1)
+            b_scores = warpgroup_mma_wait(1, deps=[b_scores])
+            mbarrier.arrive(free.index(i_item % STAGES), count=1, pred=m_next)
+            b_lse, b_share = b_max + gl.log2(b_sum), 1.0 / b_sum
+            b_left, b_max, b_sum, b_decay = _softmax_step(b_scores, b_least, b_empty, scale, TYPE, LEFT)
+            b_out = warpgroup_mma_wait(0, deps=[b_out])
+            mbarrier.arrive(free.index(i_value % STAGES), count=1)
+            o_place = s_place.index(i_rows).load(gl.SliceLayout(1, SCORES))
+            gl.store(p_partial_lse + o_place, b_lse, mask=o_place >= 0)
+            b_out = b_out * gl.convert_layout(b_share, gl.SliceLayout(1, OUT))[:, None]
+            # The queries are read no more: their place serves to store whole rows.
+            _store_entries(p_partial, s_place.index(i_rows), s_rows, b_out, D)
+            mbarrier.arrive(rows_free.index(i_turn % 2), count=1)
+            i_item = i_value + 1
+            i_turn += 1
 
 
 @gluon.jit(do_not_specialize=NUMBERS)
@@ -166,6 +238,7 @@ def routed_forward_hopper_kernel(
     n_parts,
     K,
     WIDTH: gl.constexpr,
+    TURNS: gl.constexpr,
     G: gl.constexpr,
     R: gl.constexpr,
     B: gl.constexpr,
@@ -181,21 +254,22 @@ def routed_forward_hopper_kernel(
     s_ring = gl.allocate_shared_memory(TYPE, [STAGES, BLOCK_N, D], d_key.layout)
     s_place = gl.allocate_shared_memory(gl.int32, [2 * WIDTH, HALF], NUMBER)
     full, free, rows_full, rows_free = barriers(1, STAGES), barriers(WIDTH, STAGES), barriers(1, 2), barriers(WIDTH, 2)
+    turn = barriers(1, WIDTH) if TURNS else rows_full  # not used then: ``key_value`` says why no barrier may be there
     fence_async_shared()
     if WIDTH == 3:
         gl.warp_specialize(
             [
                 (_attend, (
-                    p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, scale,
-                    n_tiles, 0, WIDTH, B, D, BLOCK_N, STAGES,
+                    p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, turn, scale,
+                    n_tiles, 0, WIDTH, TURNS, B, D, BLOCK_N, STAGES,
                 )),
                 (_attend, (
-                    p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, scale,
-                    n_tiles, 1, WIDTH, B, D, BLOCK_N, STAGES,
+                    p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, turn, scale,
+                    n_tiles, 1, WIDTH, TURNS, B, D, BLOCK_N, STAGES,
                 )),
                 (_attend, (
-                    p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, scale,
-                    n_tiles, 2, WIDTH, B, D, BLOCK_N, STAGES,
+                    p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, turn, scale,
+                    n_tiles, 2, WIDTH, TURNS, B, D, BLOCK_N, STAGES,
                 )),
                 (_gather_rows, (
                     p_query, p_lists, p_of_list, p_offsets, p_entries, s_query, s_place, rows_full, rows_free,
@@ -213,12 +287,12 @@ def routed_forward_hopper_kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, scale,
-                    n_tiles, 0, WIDTH, B, D, BLOCK_N, STAGES,
+                    p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, turn, scale,
+                    n_tiles, 0, WIDTH, TURNS, B, D, BLOCK_N, STAGES,
                 )),
                 (_attend, (
-                    p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, scale,
-                    n_tiles, 1, WIDTH, B, D, BLOCK_N, STAGES,
+                    p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, turn, scale,
+                    n_tiles, 1, WIDTH, TURNS, B, D, BLOCK_N, STAGES,
                 )),
                 (_gather_rows, (
                     p_query, p_lists, p_of_list, p_offsets, p_entries, s_query, s_place, rows_full, rows_free,
@@ -241,6 +315,6 @@ def launch(
     tiling = TILINGS[sizes.head_dim]
     routed_forward_hopper_kernel[(min(tiles, programs(query.device)),)](
         described(key, tiling.keys), described(value, tiling.keys), query, *arguments,
-        WIDTH=tiling.rows // HALF.value, G=sizes.group, R=sizes.choose, B=sizes.block_size, D=sizes.head_dim,
-        BLOCK_N=tiling.keys, STAGES=tiling.stages, num_warps=tiling.warps,
+        WIDTH=tiling.rows // HALF.value, TURNS=sizes.block_size <= MOST_TURNS, G=sizes.group, R=sizes.choose,
+        B=sizes.block_size, D=sizes.head_dim, BLOCK_N=tiling.keys, STAGES=tiling.stages, num_warps=tiling.warps,
     )  # fmt: skip

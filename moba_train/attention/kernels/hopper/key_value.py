@@ -15,18 +15,15 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from moba_train.attention.kernels.hopper.shared import HALF, barriers, copy_tile, described, gather
+from moba_train.attention.kernels.hopper.key_value_sums import sum_ahead, sum_gradients
+from moba_train.attention.kernels.hopper.shared import HALF, barriers, copy_tile, described, gather, thread_barrier
 from moba_train.attention.kernels.plan import Config, Sizes
 from moba_train.attention.kernels.rows import LOG2_E, NUMBERS
 
-TILINGS = {128: Config(rows=64, keys=128, warps=4, stages=3)}  # by head_dim; at 64 Triton's kernel is as fast
+# By head_dim.
+TILINGS = {64: Config(rows=64, keys=128, warps=4, stages=4), 128: Config(rows=64, keys=128, warps=4, stages=3)}
 
 
 @gluon.jit
@@ -68,115 +65,12 @@ def _gather_rows(
         async_copy.commit_group()
         async_copy.wait_group(1)
         fence_async_shared()
+        thread_barrier()  # all of the warps' copies are fenced
         mbarrier.arrive(full.index((i_tile + STAGES - 1) % STAGES), count=1, pred=i_tile > 0)
     async_copy.wait_group(0)
     fence_async_shared()
+    thread_barrier()
     mbarrier.arrive(full.index((n_tiles + STAGES - 1) % STAGES), count=1)
-
-
-@gluon.jit
-def _add_rows(
-    b_d_key, b_d_value, s_key, s_value, s_query, s_d_out, s_lse, s_delta, full, i_tile, o_key, n_row, n_row_stop,
-    scale, G: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr,
-    SUMS: gl.constexpr, CAUSAL: gl.constexpr,
-):  # fmt: skip
-    """Add one tile of rows to dK (unscaled) and dV, whose products are on their way yet when it returns; also the
-    gradient of its scores (HALF, BLOCK_M)."""
-    TYPE: gl.constexpr = s_query.dtype
-    i_slot = i_tile % STAGES
-    s_row, s_grad = s_query.index(i_slot), s_d_out.index(i_slot)
-    b_none = gl.zeros([HALF, BLOCK_M], gl.float32, SCORES)
-    mbarrier.wait(full.index(i_slot), i_tile // STAGES & 1)
-    b_scores = warpgroup_mma(s_key, s_row.permute((1, 0)), b_none, use_acc=False, is_async=True)
-    b_d_weight = warpgroup_mma(s_value, s_grad.permute((1, 0)), b_none, use_acc=False, is_async=True)
-    b_scores = warpgroup_mma_wait(1, deps=[b_scores])
-    b_lse = s_lse.index(i_slot).load(gl.SliceLayout(0, SCORES))
-    b_weight = gl.exp2(b_scores * scale - b_lse[None, :])
-    if CAUSAL:
-        o_row = n_row + gl.arange(0, BLOCK_M, gl.SliceLayout(0, SCORES))
-        m_read = (o_key[:, None] <= (o_row // G)[None, :]) & (o_row < n_row_stop)[None, :]
-        b_weight = gl.where(m_read, b_weight, 0.0)
-    b_left = gl.convert_layout(b_weight.to(TYPE), gl.DotOperandLayout(0, SUMS, 2))
-    b_d_value = warpgroup_mma(b_left, s_grad, b_d_value, is_async=True)
-    b_d_weight = warpgroup_mma_wait(1, deps=[b_d_weight])
-    b_delta = s_delta.index(i_slot).load(gl.SliceLayout(0, SCORES))
-    b_d_scores = (b_weight * (b_d_weight - b_delta[None, :])).to(TYPE)
-    b_d_key = warpgroup_mma(
-        gl.convert_layout(b_d_scores, gl.DotOperandLayout(0, SUMS, 2)), s_row, b_d_key, is_async=True
-    )
-    return b_d_key, b_d_value, b_d_scores
-
-
-@gluon.jit
-def _sum_gradients(
-    p_padded, p_partial, p_d_key, p_d_value, s_key, s_value, s_query, s_d_out, s_lse, s_delta, s_exchange, s_d_query,
-    keys_full, full, free, exchanged, n_key, n_key_stop, i_start, n_list, n_tiles, n_row_stop, i_kv, o_partial, K,
-    scale, LOG2_E: gl.constexpr, I_HALF: gl.constexpr, QUERY: gl.constexpr, G: gl.constexpr, D: gl.constexpr,
-    BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """A warpgroup: dK and dV of half of the keys, and half of the columns of the entries' dQ."""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    HALF_D: gl.constexpr = D // 2
-    QUERIES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF_D, 16])
-    ENTRIES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HALF_D, HALF_D // 8], [4, 1], [1, 0])
-    TYPE: gl.constexpr = s_query.dtype
-    n_own = n_key + I_HALF * HALF
-    o_key = n_own + gl.arange(0, HALF, gl.SliceLayout(1, SCORES))
-    b_d_key = gl.zeros([HALF, D], gl.float32, SUMS)
-    b_d_value = gl.zeros([HALF, D], gl.float32, SUMS)
-    mbarrier.wait(keys_full.index(0), 0)
-    for i_tile in range(n_list):
-        b_d_key, b_d_value, b_d_scores = _add_rows(
-            b_d_key, b_d_value, s_key.index(I_HALF), s_value.index(I_HALF), s_query, s_d_out, s_lse, s_delta, full,
-            i_tile, o_key, 0, n_row_stop, scale, G, D, BLOCK_M, STAGES, SCORES, SUMS, False,
-        )  # fmt: skip
-        if QUERY:
-            # Two buffers: who is at tile i + 2 has seen both warpgroups past tile i + 1, and so past tile i's products.
-            i_buffer = i_tile % 2 * 2
-            s_exchange.index(i_buffer + I_HALF).store(b_d_scores)
-            fence_async_shared()
-            mbarrier.arrive(exchanged.index(0), count=1)
-            o_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, ENTRIES))
-            o_entry = gl.load(p_padded + (i_start + i_tile) * BLOCK_M + o_m)
-            mbarrier.wait(exchanged.index(0), i_tile & 1)
-            b_d_query = gl.zeros([BLOCK_M, HALF_D], gl.float32, QUERIES)
-            for i_half in gl.static_range(2):
-                s_columns = s_key.index(i_half).slice(I_HALF * HALF_D, HALF_D, dim=1)
-                s_rows = s_exchange.index(i_buffer + i_half).permute((1, 0))
-                b_d_query = warpgroup_mma(s_rows, s_columns, b_d_query, is_async=True)
-            b_d_query, b_d_key, b_d_value = warpgroup_mma_wait(0, deps=[b_d_query, b_d_key, b_d_value])
-            mbarrier.arrive(free.index(i_tile % STAGES), count=1)
-            s_d_query.index(I_HALF).store((b_d_query * (scale / LOG2_E)).to(TYPE))
-            b_store = s_d_query.index(I_HALF).load(ENTRIES)
-            o_d = I_HALF * HALF_D + gl.arange(0, HALF_D, gl.SliceLayout(0, ENTRIES))
-            p_rows = p_partial + ((o_partial + o_entry) * D)[:, None] + o_d[None, :]
-            gl.store(p_rows, b_store, mask=(o_entry >= 0)[:, None], eviction_policy="evict_first")
-        else:
-            b_d_key, b_d_value = warpgroup_mma_wait(0, deps=[b_d_key, b_d_value])
-            mbarrier.arrive(free.index(i_tile % STAGES), count=1)
-    for i_tile in range(n_list, n_tiles):
-        n_row = n_key * G + (i_tile - n_list) * BLOCK_M
-        b_d_key, b_d_value, b_d_scores = _add_rows(
-            b_d_key, b_d_value, s_key.index(I_HALF), s_value.index(I_HALF), s_query, s_d_out, s_lse, s_delta, full,
-            i_tile, o_key, n_row, n_row_stop, scale, G, D, BLOCK_M, STAGES, SCORES, SUMS, True,
-        )  # fmt: skip
-        b_d_key, b_d_value = warpgroup_mma_wait(0, deps=[b_d_key, b_d_value])
-        mbarrier.arrive(free.index(i_tile % STAGES), count=1)
-    # Values are read no more: their place serves to store whole rows.
-    s_store = s_value.index(I_HALF)
-    _store_keys(p_d_value, s_store, b_d_value, n_own, n_key_stop, i_kv, K, D)
-    _store_keys(p_d_key, s_store, b_d_key * (scale / LOG2_E), n_own, n_key_stop, i_kv, K, D)
-
-
-@gluon.jit
-def _store_keys(p_base, s_store, b_sums, n_own, n_key_stop, i_kv, K, D: gl.constexpr):
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    s_store.store(b_sums.to(s_store.dtype))
-    o_key = n_own + gl.arange(0, HALF, gl.SliceLayout(1, ROWS))
-    o_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))
-    p_rows = p_base + ((o_key.to(gl.int64) * K + i_kv) * D)[:, None] + o_d[None, :]
-    gl.store(p_rows, s_store.load(ROWS), mask=(o_key < n_key_stop)[:, None])
 
 
 @gluon.jit(do_not_specialize=NUMBERS)
@@ -204,6 +98,7 @@ def key_value_hopper_kernel(
     K,
     LOG2_E: gl.constexpr,
     QUERY: gl.constexpr,
+    AHEAD: gl.constexpr,
     G: gl.constexpr,
     R: gl.constexpr,
     TILES: gl.constexpr,
@@ -247,27 +142,53 @@ def key_value_hopper_kernel(
     else:  # Not used: a barrier here would share its bytes with what warp_specialize hands over, and spoil it.
         s_exchange, s_d_query, exchanged = s_query, s_query, keys_full
     fence_async_shared()
-    gl.warp_specialize(
-        [
-            (_sum_gradients, (
-                p_padded, p_partial, p_d_key, p_d_value, s_key, s_value, s_query, s_d_out, s_lse, s_delta, s_exchange,
-                s_d_query, keys_full, full, free, exchanged, n_key, n_key_stop, i_start, n_list, n_tiles, n_row_stop,
-                i_kv, o_partial, K, scale, LOG2_E, 0, QUERY, G, D, BLOCK_M, STAGES,
-            )),
-            (_sum_gradients, (
-                p_padded, p_partial, p_d_key, p_d_value, s_key, s_value, s_query, s_d_out, s_lse, s_delta, s_exchange,
-                s_d_query, keys_full, full, free, exchanged, n_key, n_key_stop, i_start, n_list, n_tiles, n_row_stop,
-                i_kv, o_partial, K, scale, LOG2_E, 1, QUERY, G, D, BLOCK_M, STAGES,
-            )),
-            (_gather_rows, (
-                d_key, d_value, p_query, p_d_out, p_lse, p_delta, p_padded_row, p_padded_lse, p_padded_delta, s_key,
-                s_value, s_query, s_d_out, s_lse, s_delta, keys_full, full, free, n_key, i_start, n_list, n_tiles,
-                n_row_stop, i_kv, i_kv.to(gl.int64) * W, K, G, D, BLOCK_M, STAGES,
-            )),
-        ],
-        [4, 4],
-        [232, 40],
-    )  # fmt: skip
+    if AHEAD:
+        gl.warp_specialize(
+            [
+                (sum_ahead, (
+                    p_d_key, p_d_value, s_key, s_value, s_query, s_d_out, s_lse, s_delta, keys_full, full, free, n_key,
+                    n_key_stop, n_list, n_tiles, n_row_stop, i_kv, K, scale, LOG2_E, 0, G, D, BLOCK_M, STAGES,
+                )),
+                (sum_ahead, (
+                    p_d_key, p_d_value, s_key, s_value, s_query, s_d_out, s_lse, s_delta, keys_full, full, free, n_key,
+                    n_key_stop, n_list, n_tiles, n_row_stop, i_kv, K, scale, LOG2_E, 1, G, D, BLOCK_M, STAGES,
+                )),
+                (_gather_rows, (
+                    d_key, d_value, p_query, p_d_out, p_lse, p_delta, p_padded_row, p_padded_lse, p_padded_delta, s_key,
+                    s_value, s_query, s_d_out, s_lse, s_delta, keys_full, full, free, n_key, i_start, n_list, n_tiles,
+                    n_row_stop, i_kv, i_kv.to(gl.int64) * W, K, G, D, BLOCK_M, STAGES,
+                )),
+            ],
+            [4, 4],
+            [232, 40],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (sum_gradients, (
+                    p_padded, p_partial, p_d_key, p_d_value, s_key, s_value, s_query, s_d_out, s_lse, s_delta,
+                    s_exchange, s_d_query, keys_full, full, free, exchanged, n_key, n_key_stop, i_start, n_list,
+                    n_tiles, n_row_stop, i_kv, o_partial, K, scale, LOG2_E, 0, QUERY, G, D, BLOCK_M, STAGES,
+                )),
+                (sum_gradients, (
+                    p_padded, p_partial, p_d_key, p_d_value, s_key, s_value, s_query, s_d_out, s_lse, s_delta,
+                    s_exchange, s_d_query, keys_full, full, free, exchanged, n_key, n_key_stop, i_start, n_list,
+                    n_tiles, n_row_stop, i_kv, o_partial, K, scale, LOG2_E, 1, QUERY, G, D, BLOCK_M, STAGES,
+                )),
+                (_gather_rows, (
+                    d_key, d_value, p_query, p_d_out, p_lse, p_delta, p_padded_row, p_padded_lse, p_padded_delta, s_key,
+                    s_value, s_query, s_d_out, s_lse, s_delta, keys_full, full, free, n_key, i_start, n_list, n_tiles,
+                    n_row_stop, i_kv, i_kv.to(gl.int64) * W, K, G, D, BLOCK_M, STAGES,
+                )),
+            ],
+            [4, 4],
+            [232, 40],
+        )  # fmt: skip
+
+
+def serves(sizes: Sizes, entries: bool) -> bool:
+    """Whether these kernels are the faster ones; ``entries``: with the partial dQ."""
+    return sizes.head_dim == 128 or not entries
 
 
 def launch(
@@ -283,6 +204,6 @@ def launch(
     tiling = TILINGS[sizes.head_dim]
     key_value_hopper_kernel[(programs,)](
         described(key, HALF.value), described(value, HALF.value), query, *arguments, LOG2_E=LOG2_E, QUERY=entries,
-        G=sizes.group, R=sizes.choose, TILES=-(-sizes.block_size // tiling.keys), D=sizes.head_dim, BLOCK_M=tiling.rows,
-        STAGES=tiling.stages, num_warps=tiling.warps,
+        AHEAD=sizes.head_dim == 64, G=sizes.group, R=sizes.choose, TILES=-(-sizes.block_size // tiling.keys),
+        D=sizes.head_dim, BLOCK_M=tiling.rows, STAGES=tiling.stages, num_warps=tiling.warps,
     )  # fmt: skip

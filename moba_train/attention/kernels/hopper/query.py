@@ -21,70 +21,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from moba_train.attention.kernels.hopper import query_narrow
+from moba_train.attention.kernels.hopper.query_loads import all_places, bring_keys, gather_half
 from moba_train.attention.kernels.hopper.shared import (
     HALF,
     barriers,
-    copy_tile,
     described,
     find_tile,
-    gather,
     load_entries,
     programs,
-    row_starts,
     thread_barrier,
 )
 from moba_train.attention.kernels.plan import Config, Sizes
 from moba_train.attention.kernels.rows import LOG2_E, NUMBERS
 
-# By head_dim; at 64 Triton's kernel is the faster one.
-TILINGS = {128: Config(rows=128, keys=128, warps=4, stages=2)}
-
-
-@gluon.jit
-def _bring_keys(
-    d_key, d_value, p_lists, p_bounds, s_key, s_value, key_full, value_full, key_free, value_free, i_kv_start, n_tiles,
-    N, B: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The copying warp: keys and values of each tile's block, each as soon as its buffer is free."""
-    i_item = i_kv_start * 0
-    i_list = gl.load(p_lists + gl.program_id(0))
-    n_token = gl.load(p_bounds + i_list % N)
-    for i_tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        # Where the next tile's keys lie is known in time.
-        i_next = gl.load(p_lists + gl.minimum(i_tile + gl.num_programs(0), n_tiles - 1))
-        n_next = gl.load(p_bounds + i_next % N)
-        i_column = (i_kv_start + i_list // N) * D
-        for n_key in range(0, B, BLOCK_N):
-            i_slot = i_item % STAGES
-            i_phase = (i_item // STAGES & 1) ^ 1
-            mbarrier.wait(key_free.index(i_slot), i_phase)
-            mbarrier.expect(key_full.index(i_slot), d_key.block_type.nbytes)
-            copy_tile(d_key, [n_token + n_key, i_column], key_full.index(i_slot), s_key.index(i_slot))
-            mbarrier.wait(value_free.index(i_slot), i_phase)
-            mbarrier.expect(value_full.index(i_slot), d_value.block_type.nbytes)
-            copy_tile(d_value, [n_token + n_key, i_column], value_full.index(i_slot), s_value.index(i_slot))
-            i_item += 1
-        i_list, n_token = i_next, n_next
-
-
-@gluon.jit
-def _all_places(s_place, LAYOUT: gl.constexpr):
-    """The places of a tile's results; past the list's end, the last one's again."""
-    o_place = s_place.load(LAYOUT)
-    return gl.where(o_place < 0, -1 - o_place, o_place)
-
-
-@gluon.jit
-def _gather_half(p_base, s_place, s_rows, i_kv, o_result, K, G: gl.constexpr, R: gl.constexpr, D: gl.constexpr):
-    """Two warps: rows of HALF entries, a part at a time, since registers are few."""
-    PART: gl.constexpr = 16
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [2, 1], [1, 0])
-    o_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))
-    for i_part in gl.static_range(HALF // PART):
-        o_entry = _all_places(s_place.slice(i_part * PART, PART), gl.SliceLayout(1, ROWS)) - o_result
-        o_start = row_starts(o_entry // R, i_kv, K, G, D)
-        gather(s_rows.slice(i_part * PART, PART), p_base + (o_start[:, None] + o_d[None, :]))
-    async_copy.commit_group()
+# By head_dim. At 64 it is ``query_narrow``.
+TILINGS = {64: query_narrow.TILING, 128: Config(rows=128, keys=128, warps=4, stages=2)}
 
 
 @gluon.jit
@@ -110,14 +62,14 @@ def _gather_rows(
         thread_barrier()  # all places are there
         for i_own in gl.static_range(2):
             i_rows = i_buffer + i_own
-            _gather_half(p_query, s_place.index(i_rows), s_query.index(i_rows), i_kv, o_result, K, G, R, D)
+            gather_half(p_query, s_place.index(i_rows), s_query.index(i_rows), i_kv, o_result, K, G, R, D)
         async_copy.wait_group(0)
         fence_async_shared()
         thread_barrier()  # all of the warps' copies are fenced
         mbarrier.arrive(rows_full.index(i_turn % 2), count=1)
         mbarrier.wait(grads_free.index(0), (i_turn & 1) ^ 1)
         for i_own in gl.static_range(2):
-            _gather_half(p_d_out, s_place.index(i_buffer + i_own), s_d_out.index(i_own), i_kv, o_result, K, G, R, D)
+            gather_half(p_d_out, s_place.index(i_buffer + i_own), s_d_out.index(i_own), i_kv, o_result, K, G, R, D)
         async_copy.wait_group(0)
         fence_async_shared()
         thread_barrier()
@@ -130,7 +82,7 @@ def _load_sums(
     p_lse, p_delta, s_place, m_there, i_kv_start, i_entry_start, n_entries, W, R: gl.constexpr, LAYOUT: gl.constexpr
 ):  # fmt: skip
     """Log-sum-exps and deltas of a tile's entries, found by the places of their results."""
-    o_place = _all_places(s_place, LAYOUT)
+    o_place = all_places(s_place, LAYOUT)
     i_part_kv = o_place // n_entries
     o_row = (i_kv_start + i_part_kv).to(gl.int64) * W + (o_place - i_part_kv * n_entries + i_entry_start) // R
     b_lse = gl.load(p_lse + o_row, mask=m_there & (o_place >= 0), other=0.0)
@@ -267,7 +219,7 @@ def routed_query_hopper_kernel(
                 rows_free, grads_full, grads_free, i_kv_start, i_entry_start, n_entries, n_tiles, N, P, i_part, n_parts,
                 K, G, R, D,
             )),
-            (_bring_keys, (
+            (bring_keys, (
                 d_key, d_value, p_lists, p_bounds, s_key, s_value, key_full, value_full, key_free, value_free,
                 i_kv_start, n_tiles, N, B, D, BLOCK_N, STAGES,
             )),
@@ -282,7 +234,8 @@ def launch(
 ) -> None:
     """``arguments``: those of the kernel from the output's gradient on. ``tiles``: at most."""
     tiling = TILINGS[sizes.head_dim]
-    routed_query_hopper_kernel[(min(tiles, programs(query.device)),)](
+    kernel = query_narrow.routed_query_narrow_hopper_kernel if sizes.head_dim == 64 else routed_query_hopper_kernel
+    kernel[(min(tiles, programs(query.device)),)](
         described(key, tiling.keys), described(value, tiling.keys), query, *arguments, LOG2_E=LOG2_E, G=sizes.group,
         R=sizes.choose, B=sizes.block_size, D=sizes.head_dim, BLOCK_N=tiling.keys, STAGES=tiling.stages,
         num_warps=tiling.warps,
