@@ -80,23 +80,28 @@ def test_a_resumed_run_needs_its_store_and_not_its_documents(
 ) -> None:
     """Documents that are gone: it goes on from the store. Other documents since the save: refused, nothing touched."""
     config = copy.deepcopy(tiny_config_module)
-    documents = tmp_path / "documents"
-    shutil.copytree(config.data.train[0].path, documents)
-    config.data.train[0].path, config.data.store_dir = str(documents), str(tmp_path / "store")
+    config.data.store_dir = str(tmp_path / "store")
     prepare_store(config.data, str(config.model.tokenizer), progress=False)
-    documents.rename(tmp_path / "away")
     folder = tmp_path / "run"
     shutil.copytree(finished / "checkpoints" / "step_00000004", folder / "checkpoints" / "step_00000004")
-    done = run_forked(config, folder)
+    documents = Path(config.data.train[0].path)
+    documents.rename(tmp_path / "away")
+    try:
+        done = run_forked(config, folder)
+    finally:
+        (tmp_path / "away").rename(documents)
     assert done.returncode == 0, done.stderr
     assert "resumed at step 4" in done.stderr
 
-    (tmp_path / "away").rename(documents)
     first = min(documents.iterdir())
-    first.write_text(first.read_text()[::-1])
+    text = first.read_text()
     config.data.rebuild = True
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.suffix in (".json", ".jsonl")}
-    done = run_forked(config, folder)
+    first.write_text(text[::-1])
+    try:
+        done = run_forked(config, folder)
+    finally:
+        first.write_text(text)
     assert done.returncode != 0
     assert "is not the one this run was started on (its tokens differ): restore the documents" in done.stderr
     assert (folder / "metrics.jsonl").read_bytes() == before[folder / "metrics.jsonl"]
