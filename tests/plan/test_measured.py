@@ -1,6 +1,6 @@
 """Predictions against steps that were measured on one GPU or two (scripts/bench_train.py, torch 2.11 + CUDA 13.0).
 
-Those on one are of 2026-11-25, rows with a number of GPUs of 2026-11-26. Memory is what torch.cuda.max_memory_allocated
+Rows with a number of GPUs are of 2026-11-26, the others of 2026-11-25. Memory is what torch.cuda.max_memory_allocated
 said. A first step has no moments yet: AdamW makes them at its end. The code has changed since the first: all choices of
 a layer are routed at once, which is 3 % of memory at a million tokens, a tile of the loss or of an MLP is gone before
 the next is made, about 1 %, and MoBA's kernels are faster, up to a tenth of a step.
