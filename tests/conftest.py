@@ -59,6 +59,10 @@ class Live:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests on a GPU first, so that no process ends with one while the others wait."""
     items.sort(key=lambda item: "test_kernels_gpu" not in item.nodeid)
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(autouse=True)
