@@ -328,8 +328,8 @@ def test_hydras_own_options_still_work(tmp_path: Path) -> None:
     recipes.mkdir(parents=True)
     (recipes / "mine.yaml").write_text("# @package _global_\nattention: {top_k: 7}\n")
     command = [sys.executable, "-c", "from moba_train.cli import main; main()", "train", "--cfg", "job"]
-    options = ["-cd", str(tmp_path / "recipes"), "experiment=mine"]
+    options = ["~model", "-cd", str(tmp_path / "recipes"), "experiment=mine"]
     done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "top_k: 7" in done.stdout
+    assert "top_k: 7" in done.stdout and "  path: null" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["recipes"]

@@ -52,7 +52,7 @@ def run_hydra(
     """
     register(schema)
     # Hydra reads its arguments there, and takes options only before overrides.
-    given = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    given = [each for each in arguments if each[:1] == "~" or ("=" in each and each[:1] != "-")]
     options = [argument for argument in arguments if argument not in given]
     overrides = [_hydra_key(override) for override in given]
     check_options([*options, *overrides])
@@ -141,8 +141,8 @@ def _note_swept(overrides: list[str]) -> None:
 
 def _hydra_key(override: str) -> str:
     """An entry of a list as our messages name it, ``schedule.stages[0]``, as Hydra reads it: ``schedule.stages.0``."""
-    key, _, value = override.partition("=")
-    return _INDEX.sub(r".\1", key) + f"={value}"
+    key, equals, value = override.partition("=")  # ~key, which removes it, has neither
+    return _INDEX.sub(r".\1", key) + equals + value
 
 
 def _key(task: str) -> str:
