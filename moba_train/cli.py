@@ -20,7 +20,8 @@ VERBS = {
 
 
 def main() -> None:
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # for consoles that lack some characters
+    if sys.stdout is not None:  # as with >&-
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # for consoles that lack some characters
     sys.exit(run(sys.argv[1:]))
 
 

@@ -51,7 +51,8 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, help="accepted from the deepspeed launcher; LOCAL_RANK counts")
     arguments = parser.parse_args()
     folder = arguments.config.resolve().parent
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console without the character · ends no run
+    if sys.stdout is not None:  # as with >&-; a console without the character · ends no run
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the launcher ends this rank so, and nohup is not to keep it

@@ -261,6 +261,13 @@ def test_a_place_that_cannot_be_written(refused, tmp_path: Path, monkeypatch) ->
     assert refused("run=/nope", "out=/dev/null/x", verb="report") == "/dev/null/x: Not a directory"
 
 
+def test_a_closed_output_is_no_traceback(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # as Python sets it after >&-
+    monkeypatch.setattr(sys, "argv", ["moba-train", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+
+
 def test_ctrl_c_is_no_traceback(monkeypatch, capsys) -> None:
     from moba_train.commands import report
 
