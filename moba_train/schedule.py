@@ -22,6 +22,8 @@ from moba_train.config import (
 )
 from moba_train.cost import sparsity
 
+_ROUNDING = 1e-6  # of the sum of shares
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -127,7 +129,7 @@ def build_schedule(config: Config) -> Schedule:
     _check_sizes(config)
     tokens_per_step = config.train.tokens_per_step
     whole = sum(_tokens(stage, config) for stage in stages)
-    if whole < tokens_per_step:
+    if whole < tokens_per_step * (1 - _ROUNDING):
         raise ValueError(
             f"train.tokens_per_step={tokens_per_step} is more than the {whole:.0f} tokens of schedule.stages: lower "
             f"it, or lengthen the schedule"
@@ -183,7 +185,7 @@ def _check_sizes(config: Config) -> None:
         return
     if not shares and tokens != total:
         raise ValueError(f"schedule.tokens={total} and the stages' tokens add up to {tokens}: set schedule.tokens=null")
-    if abs(tokens + sum(shares) * total - total) > 1e-6 * total:
+    if abs(tokens + sum(shares) * total - total) > _ROUNDING * total:
         given = f"shares {shares} with the sum {sum(shares):g}" + (f" and {tokens} tokens" if tokens else "")
         raise ValueError(
             f"schedule.stages have {given} of schedule.tokens={total}: together they must add up to 1, the whole run"

@@ -23,6 +23,17 @@ def test_shares_are_of_the_run(tiny_config: Config) -> None:
     assert [s.steps for s in build_schedule(tiny_config).stages] == [90, 10]
 
 
+def test_shares_of_a_run_of_one_step(tiny_config: Config) -> None:
+    """Their tokens add up to less than 512 by rounding alone; each stage has a step nevertheless."""
+    shares = (0.21, 0.09, 0.15, 0.2, 0.14, 0.21)
+    tiny_config.schedule.tokens = 512
+    assert sum(share * 512 for share in shares) < 512
+    tiny_config.schedule.stages = [
+        StageConfig(f"stage_{i}", share=share, context_length=128) for i, share in enumerate(shares)
+    ]
+    assert build_schedule(tiny_config).total_steps == 6
+
+
 def test_plan_keeps_the_last_layers_full(tiny_config: Config) -> None:
     tiny_config.attention.full_layers = 1
     moba, full = build_schedule(tiny_config).stages
