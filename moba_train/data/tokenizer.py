@@ -140,7 +140,7 @@ def _from_transformers(path: str) -> Tokenizer:
     try:
         loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=hub.out_of_reach(path))
     except Exception as error:  # transformers reads the file by parts: one that lacks some raises whatever it may
-        first = f"{type(error).__name__}: {str(error).strip().splitlines()[0].rstrip(': ')}"
+        first = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0].rstrip(': ')}"
         raise ValueError(f"tokenizer {path!r} cannot be loaded as a folder or hub name: {first}") from error
     if not getattr(loaded, "is_fast", False):
         raise ValueError(f"tokenizer {path!r} has no tokenizer.json; convert it to a fast tokenizer first")

@@ -143,3 +143,12 @@ def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "empty/tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"cannot be loaded as a folder or hub name: \w+Error: "):
         load_tokenizer(str(tmp_path / "empty"))
+
+
+def test_a_library_that_gives_no_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+    with pytest.raises(ValueError, match="cannot be loaded as a folder or hub name: AssertionError"):
+        load_tokenizer(str(tmp_path))
