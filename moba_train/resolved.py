@@ -141,14 +141,21 @@ def load(path: Path) -> Config:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(composed, DictConfig) or not composed:
         raise ValueError(f"{path} holds no settings: choose another run.name, or remove the file")
-    return to_config(composed)
+    return _to_config(composed, path)
 
 
-def from_yaml(text: str) -> Config:
-    """The configuration that ``to_yaml`` wrote."""
+def from_yaml(text: str, path: Path) -> Config:
+    """The configuration that ``to_yaml`` wrote into ``path``."""
     composed = OmegaConf.create(text)
     assert isinstance(composed, DictConfig)
-    return to_config(composed)
+    return _to_config(composed, path)
+
+
+def _to_config(composed: DictConfig, path: Path) -> Config:
+    try:
+        return to_config(composed)
+    except ValueError as error:  # damaged, or of a moba_train with other settings
+        raise ValueError(f"{path}: {error}") from None
 
 
 def differences(before: Config, after: Config) -> list[str]:

@@ -170,7 +170,7 @@ def _check_settings(path: Path, state: dict[str, Any], config: Config) -> None:
     """A checkpoint that was copied here from another run has no resolved.yaml beside it that would tell."""
     if "settings" not in state:  # of an older moba_train
         return
-    if changed := resolved.differences(resolved.from_yaml(state["settings"]), config):
+    if changed := resolved.differences(resolved.from_yaml(state["settings"], path), config):
         raise ValueError(
             f"{path} was saved by a run with other settings ({'; '.join(changed[:3])}): take the same, or choose "
             f"another run.name"

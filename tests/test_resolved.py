@@ -95,7 +95,7 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, content: str) -> None:
     file.write_text(content)
     with pytest.raises(ValueError) as caught:
         resolved.load(file)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and str(file) in str(caught.value)
 
 
 def test_what_may_differ_in_a_continued_run(rich: Config, tmp_path: Path) -> None:

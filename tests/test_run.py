@@ -24,6 +24,8 @@ def test_a_checkpoint_of_a_run_with_other_settings_is_refused(tiny_config: Confi
     allowed.attention.top_k, allowed.model.architecture["hidden_size"] = 7, 64
     with pytest.raises(ValueError, match=r"attention\.top_k: 2 -> 7; model\.architecture\.hidden_size: 32 -> 64"):
         _check_settings(tmp_path, state, allowed)
+    with pytest.raises(ValueError, match=rf"{tmp_path}: run.nme: Key 'nme' not in 'RunConfig'; did you mean"):
+        _check_settings(tmp_path, {"settings": "run: {nme: x}"}, allowed)  # saved by a moba_train with other keys
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b'{"poi', b"\xff"])
