@@ -62,11 +62,9 @@ def wrong_kernel(p_in, p_out, n):
 
 
 def attention(lengths: tuple[int, ...], heads: int, kv_heads: int, head_dim: int, block_size: int, top_k: int) -> None:
-    from moba_train.attention.kernels import hopper
     from moba_train.attention.kernels.op import triton_attention
     from moba_train.attention.spec import AttentionSpec
 
-    hopper.select.LONG_SEGMENT = 50  # blocks
     # Made on the CPU: the tools' time goes into the kernels alone.
     make = [torch.randn(sum(lengths), n, head_dim).bfloat16().cuda() for n in (heads, kv_heads, kv_heads, heads)]
     bounds = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
