@@ -12,8 +12,8 @@ own_query   ``merge_query``
 own         what these two share
 shared      what they share
 
-Each but ``select`` has the tiles, the sums and the order of sums of the Triton kernel that it is named after, and takes
-its arguments.
+Each sums the same products as the Triton kernel that it is named after, in tiles of its own, and takes its arguments;
+``select`` makes the same choices.
 """
 
 from moba_train.attention.kernels.hopper import (
