@@ -25,10 +25,10 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY) ## the default recipe, from the embedded corpus to its report (3.5 minutes on 2 cores)
 	$(BIN)/moba-train train
 
-test: $(READY) ## the CPU test suite (under 4 minutes on 2 cores)
+test: $(READY) ## the CPU test suite (2 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not distributed and not gpu'
 
-test-distributed: $(READY) ## the tests that start several processes
+test-distributed: $(READY) ## the tests that start several processes (6 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m distributed
 
 test-gpu: $(READY) ## the tests that need a GPU, and those that need two where there are two
