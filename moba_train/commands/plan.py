@@ -173,7 +173,7 @@ def _short(found: Estimate) -> str:
     """What a recipe needs more of than there is."""
     machine = found.hardware
     needs = []
-    if found.needed > machine.memory_gb * GB:
+    if not found.fits_gpu:
         needs.append(f"{found.needed / GB:.1f} GB of {machine.memory_gb:g}")
     if not found.fits_host:
         needs.append(f"{found.host / GB:.1f} GB of a node's {machine.host_memory_gb:g}")

@@ -52,12 +52,17 @@ def switches(before: Estimate, config: Config) -> list[Switch]:
 def together(before: Estimate, config: Config) -> list[Switch]:
     """Switches one after the other until the recipe fits: the fastest that suffices, else the one that saves most.
 
+    Where the host alone has too little, one that puts more there is no step: there is one that suffices, or none.
+
     Returns:
         The steps; the last one's estimate may still not fit, where nothing more helps.
     """
     steps: list[Switch] = []
     while not before.fits and len(steps) < _MOST_TOGETHER:
         offered = [switch for switch in switches(before, config) if not switch.settings.keys() & _CHANGE_RESULTS]
+        if before.fits_gpu:
+            tried = (_try(settings, config, before) for settings in _taken_back(config))
+            offered = [switch for switch in (*offered, *filter(None, tried)) if switch.estimate.fits]
         offered = [switch for switch in offered if switch.estimate.fits_host] or offered
         if not offered:
             break
@@ -101,6 +106,22 @@ def _candidates(config: Config) -> Iterator[dict[str, Any]]:
         yield {"train.micro_batch_tokens": None}
     if train.gradient_dtype is Precision.fp32:
         yield {"train.gradient_dtype": Precision.bf16}
+
+
+def _taken_back(config: Config) -> Iterator[dict[str, Any]]:
+    """What the host has, back to the GPU: each part, then all."""
+    offload = config.train.offload
+    parts: dict[str, Any] = {}
+    if offload.moments:
+        parts["train.offload.moments"] = False
+    if offload.hidden_states:
+        parts["train.offload.hidden_states"] = False
+    if offload.optimizer is not OffloadDevice.none:
+        parts["train.offload.optimizer"] = OffloadDevice.none
+    if offload.parameters is not OffloadDevice.none:
+        parts["train.offload.parameters"] = OffloadDevice.none
+    yield from ({key: value} for key, value in parts.items())
+    yield parts
 
 
 def _try(settings: dict[str, Any], config: Config, before: Estimate) -> Switch | None:

@@ -48,7 +48,11 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        return self.needed <= self.hardware.memory_gb * GB and self.fits_host
+        return self.fits_gpu and self.fits_host
+
+    @property
+    def fits_gpu(self) -> bool:
+        return self.needed <= self.hardware.memory_gb * GB
 
     @property
     def host_is_known(self) -> bool:

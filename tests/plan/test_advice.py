@@ -49,6 +49,16 @@ def test_what_no_switch_makes_fit(config: Config) -> None:
     assert not together(predicted(config, 2), config)[-1].estimate.fits
 
 
+def test_a_host_that_is_too_small_is_given_less(config: Config) -> None:
+    """The GPU has room: what would put more on the host is no way, and there may be none."""
+    config.train.offload.moments = True
+    before = estimate(config, planned_shape(config.model), hardware(PlanConfig(memory_gb=150, host_memory_gb=1)))
+    (step,) = together(before, config)
+    assert not before.fits and step.text == "train.offload.moments=false" and step.estimate.fits
+    short = hardware(PlanConfig(memory_gb=before.needed / 1e9 + 0.01, host_memory_gb=1))
+    assert together(estimate(config, planned_shape(config.model), short), config) == []
+
+
 def test_what_goes_to_the_host_must_fit_there(tiny_config: Config) -> None:
     """One GPU: the whole optimizer on a host of 137 GB would be 160 GB, its moments are 64."""
     config = recipe(LLAMA_8B | {"num_hidden_layers": 32}, 131072, zero_stage=3)
