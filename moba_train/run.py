@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -31,6 +32,8 @@ from moba_train.runtime import Runtime, log, seed_everything
 from moba_train.schedule import Schedule, Stage, build_schedule
 from moba_train.skipped import SkippedSteps
 from moba_train.tracking import Tracker
+
+_PLACE = re.compile(r"(data\.(train|heldout)\.\d+\.path|model\.(path|tokenizer)): ")
 
 
 @dataclass
@@ -167,10 +170,12 @@ def _arithmetic(runtime: Runtime) -> str:
 
 
 def _check_settings(path: Path, state: dict[str, Any], config: Config) -> None:
-    """A checkpoint that was copied here from another run has no resolved.yaml beside it that would tell."""
+    """A checkpoint that was copied here from another run has no resolved.yaml beside it that would tell. It may come
+    from another machine, where files lie elsewhere: documents are known by their tokens, and it holds the weights."""
     if "settings" not in state:  # of an older moba_train
         return
-    if changed := resolved.differences(resolved.from_yaml(state["settings"], path), config):
+    found = resolved.differences(resolved.from_yaml(state["settings"], path), config)
+    if changed := [each for each in found if not _PLACE.match(each)]:
         raise ValueError(
             f"{path} was saved by a run with other settings ({'; '.join(changed[:3])}): take the same, or choose "
             f"another run.name"

@@ -19,6 +19,7 @@ def test_a_checkpoint_of_a_run_with_other_settings_is_refused(tiny_config: Confi
     state = {"settings": resolved.to_yaml(tiny_config)}
     allowed = deepcopy(tiny_config)
     allowed.run.name, allowed.train.zero_stage, allowed.launch.processes = "copy", 2, 2
+    allowed.data.train[0].path, allowed.model.tokenizer = "/elsewhere/train", "/elsewhere/tokenizer.json"
     _check_settings(tmp_path, state, allowed)
     _check_settings(tmp_path, {}, allowed)  # saved before settings were
     allowed.attention.top_k, allowed.model.architecture["hidden_size"] = 7, 64
