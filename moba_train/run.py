@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -33,7 +32,7 @@ from moba_train.schedule import Schedule, Stage, build_schedule
 from moba_train.skipped import SkippedSteps
 from moba_train.tracking import Tracker
 
-_PLACE = re.compile(r"(data\.(train|heldout)\.\d+\.path|model\.(path|tokenizer)): ")
+_MODEL_PLACES = ("model.path: ", "model.tokenizer: ")
 
 
 @dataclass
@@ -175,7 +174,7 @@ def _check_settings(path: Path, state: dict[str, Any], config: Config) -> None:
     if "settings" not in state:  # of an older moba_train
         return
     found = resolved.differences(resolved.from_yaml(state["settings"], path), config)
-    if changed := [each for each in found if not _PLACE.match(each)]:
+    if changed := [each for each in found if not each.startswith(_MODEL_PLACES)]:
         raise ValueError(
             f"{path} was saved by a run with other settings ({'; '.join(changed[:3])}): take the same, or choose "
             f"another run.name"

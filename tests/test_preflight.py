@@ -112,6 +112,8 @@ def test_a_run_that_stands(tiny_config: Config, tmp_path: Path) -> None:
         preflight.check_folder(tiny_config, folder)
     (folder / "checkpoints" / "step_00000002").mkdir(parents=True)
     preflight.check_folder(tiny_config, folder)
+    tiny_config.data.train[0].path = "documents/elsewhere"
+    preflight.check_folder(tiny_config, folder)
     tiny_config.run.seed = 3
     with pytest.raises(ValueError, match=r"started with other settings \(run\.seed: 0 -> 3\)"):
         preflight.check_folder(tiny_config, folder)
