@@ -295,6 +295,17 @@ def test_more_blocks_than_there_are_is_dense():
 
 
 @kernels
+def test_texts_of_many_lengths_share_kernels_and_bits():
+    """A kernel is compiled for each number of choices; room for more than there are blocks changes nothing."""
+    op, _, _ = modules()
+    assert {op.room(100, 16, longest) for longest in range(1, 700)} == {0, 1, 2, 4, 8, 16, 32, 64}
+    exact, roomy = (Case("rooms", (100, 37), top_k=top_k) for top_k in (7, 100))
+    assert [op.room(case.spec.top_k, 16, 100) for case in (exact, roomy)] == [6, 8]
+    found, expected = (attend(op.triton_attention, c, c.spec, c.tensors(DEVICE, DTYPE)) for c in (roomy, exact))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@kernels
 def test_a_measurement_checks_the_kernels_and_holds_others_against_them(monkeypatch):
     from moba_train.bench import timing
     from moba_train.bench.cases import Case as Measured

@@ -169,6 +169,13 @@ def _gradients(ctx, d_out: Tensor, _d_lse: Tensor):
 attend.register_autograd(_gradients, setup_context=_save)
 
 
+def room(top_k: int, block_size: int, longest: int) -> int:
+    """Earlier blocks that a query is given room for, where the longest segment has so many tokens: top_k - 1, or, where
+    there are fewer, their number rounded up to a power of two. The kernels are compiled for each, and texts of many
+    lengths would have them compiled for every number of blocks; places that stay empty change no bit."""
+    return min(top_k - 1, triton.next_power_of_2((longest - 1) // block_size))
+
+
 def refuses(query: Tensor, key: Tensor, spec: AttentionSpec) -> str | None:
     """Why the kernels cannot serve these tensors; None if they can."""
     if spec.kind != "moba":
@@ -188,7 +195,7 @@ def refuses(query: Tensor, key: Tensor, spec: AttentionSpec) -> str | None:
         return f"it takes head_dim in multiples of 8 from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, and query has {head_dim}"
     if block_size < SMALLEST_BLOCK:
         return f"block_size {block_size} is below {SMALLEST_BLOCK}"
-    chosen = min(top_k - 1, (tokens - 1) // block_size)  # at most: one segment has most blocks
+    chosen = room(top_k, block_size, tokens)  # at most: one segment has most blocks
     if chosen > MOST_CHOSEN:
         return f"top_k {top_k} is {chosen} earlier blocks a query, above {MOST_CHOSEN}; use a larger block_size"
     choices = tokens * heads * chosen
@@ -214,9 +221,8 @@ def triton_attention(
     """
     block_size, top_k = spec.moba
     check_scale(scale)
-    top_k = min(top_k, (max_seqlen - 1) // block_size + 1)  # blocks of the longest segment
     blocks = cut(cu_seqlens, block_size, len(query))
     bounds = (blocks.bounds, blocks.first, blocks.of_token)
-    choices = choose(query.detach(), key.detach(), *bounds, block_size, top_k)
+    choices = choose(query.detach(), key.detach(), *bounds, block_size, 1 + room(top_k, block_size, max_seqlen))
     out, _ = attend(query, key, value, *bounds, *route(choices, *bounds), block_size, scale)
     return out
