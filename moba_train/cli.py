@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 
 from moba_train import __version__
@@ -36,6 +37,11 @@ def run(arguments: list[str]) -> int:
         return 0
     if verb not in VERBS:
         print(f"error: unknown verb {verb!r}: choose from {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    try:
+        os.getcwd()
+    except OSError:  # which names no folder
+        print("error: the folder that this was started in is gone: cd to one that exists", file=sys.stderr)
         return 2
     command = importlib.import_module(f"moba_train.commands.{verb}")
     if rest and rest[0] in ("-h", "--help"):

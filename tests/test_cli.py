@@ -93,7 +93,9 @@ UNCOMPOSED = {
     "unknown choice": (["attention.kind=mobba"], ["attention.kind", "mobba", "full, moba"]),
     "unknown experiment": (["experiment=hybrid"], ["experiment/hybrid", "hybrid_90_10", "full_only"]),
     "unknown model": (["model=llama_900b"], ["model/llama_900b", "books_base"]),
-    "no key=value": (["block_size"], ["block_size", "key=value"]),
+    "no key=value": (["block_size"], ["'block_size' is not key=value", "--cfg job"]),
+    "no key=value before an option": (["block_size", "--multirun"], ["'block_size' is not key=value"]),
+    "no key=value after an option": (["--multirun", "block_size"], ["'block_size' is not key=value"]),
     "no such folder of recipes": (["-cd", "/nope"], ["/nope"]),
     "unknown base config": (["--config-name", "trian"], ["trian"]),
 }
@@ -259,6 +261,14 @@ def test_a_place_that_cannot_be_written(refused, tmp_path: Path, monkeypatch) ->
 
     monkeypatch.setattr(report, "build", lambda run, out: out.mkdir(parents=True))
     assert refused("run=/nope", "out=/dev/null/x", verb="report") == "/dev/null/x: Not a directory"
+
+
+def test_a_folder_that_is_gone(refused, tmp_path: Path, monkeypatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert "gone: cd to one" in refused()
 
 
 def test_a_closed_output_is_no_traceback(monkeypatch) -> None:

@@ -55,7 +55,7 @@ def run_hydra(
     given = [each for each in arguments if each[:1] == "~" or ("=" in each and each[:1] != "-")]
     options = [argument for argument in arguments if argument not in given]
     overrides = [_hydra_key(override) for override in given]
-    check_options([*options, *overrides])
+    check_options(options)
     sys.argv = [f"moba-train {config_name}", *options, *overrides]
     # Without this Hydra prints several lines of its own for each fault and ends the process.
     os.environ["HYDRA_FULL_ERROR"] = "1"

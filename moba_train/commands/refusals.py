@@ -15,18 +15,21 @@ from moba_train.resolved import nearest_key
 
 
 def check_options(arguments: list[str]) -> None:
-    """
+    """``arguments`` are those that are no settings.
+
     Raises:
-        ValueError: an option that Hydra does not have, or a value that it does not take. By itself Hydra would print
-            its own usage, of a page, and end the process.
+        ValueError: an option that Hydra does not have, a value that it does not take, or a word that is neither an
+            option nor a setting. By itself Hydra would print its own usage, of a page, and end the process.
     """
     parser = get_args_parser()
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            _, unknown = parser.parse_known_args(arguments)
+            known, unknown = parser.parse_known_args(arguments)
     except SystemExit:
         raise ValueError(said.getvalue().strip().splitlines()[-1].partition("error: ")[2]) from None
+    if words := [*known.overrides, *(each for each in unknown if each[:1] != "-")]:
+        raise ValueError(f"{words[0]!r} is not key=value; `moba-train train --cfg job` prints every key")
     if unknown:
         nearest = get_close_matches(unknown[0], re.findall(r"--[a-z-]+", parser.format_usage()), 1)
         meant = f"did you mean {nearest[0]}? " if nearest else ""
