@@ -120,6 +120,6 @@ def _packing(run: Run, rows: int) -> str:
     """What a stage of so many rows draws."""
     mix = run.loader.mix
     return (
-        f"{len(mix.rows)} rows an epoch, {100 * mix.full_share:.0f} % of those drawn one whole document part, "
+        f"{len(mix.rows)} rows an epoch, {100 * mix.full_share:.0f} % of those drawn one full-length segment, "
         f"{100 * mix.padding_share:.1f} % padding; {describe_draws(source_draws(run.store, mix, rows))}"
     )

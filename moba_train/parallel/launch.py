@@ -54,7 +54,8 @@ def check(launch: LaunchConfig) -> None:
 
 
 def run(launch: LaunchConfig, resolved: Path, claim: IO[str] | None = None) -> int:
-    """Print the command that starts the processes, and run them to their end; ``launch.dry_run`` stops at the former.
+    """Print the command that starts the processes, and run them to their end. ``launch.dry_run`` stops at the former,
+    and prints the environment too, to be pasted into a shell.
 
     Args:
         resolved: ``resolved.yaml`` in the run directory
@@ -80,7 +81,9 @@ def run(launch: LaunchConfig, resolved: Path, claim: IO[str] | None = None) -> i
     else:
         environments = local.environments(launch, resolved.parent)
     if not started.follows(launch):
-        print(f"command: {local.shell(environments, resolved)}", flush=True)
+        # With its environment it is half a page.
+        shown = local.shell(environments, resolved) if launch.dry_run else shlex.join(local.command(resolved))
+        print(f"command: {shown}", flush=True)
     return 0 if launch.dry_run else local.run(environments, resolved, claim)
 
 
