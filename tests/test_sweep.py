@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from moba_train import cli
-from moba_train.commands import compose, sweep
+from moba_train.commands import compose, sweep, train
 from moba_train.parallel import launch
 
 
@@ -63,6 +66,21 @@ def test_a_named_sweep_is_found_again(tiny_overrides: list[str], tmp_path: Path,
     assert [folder.parent for folder in started] == [tmp_path / "runs/widths"] * 5
     assert len(set(first)) == 2 and set(first) < set(second)
     assert {folder.name for folder in second} == {f"attention.top_k={k}" for k in (1, 2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("code", "trailing_loss", "objective"),
+    [(0, 2.5, 2.5), (7, 2.5, math.inf), (0, None, math.inf), (0, "no result yet", None)],
+    ids=["completed", "failed", "its rows are gone", "a batch job to come"],
+)
+def test_what_a_sweeper_is_told(code, trailing_loss, objective, tmp_path: Path, monkeypatch) -> None:
+    """A number wherever there is one to come to: Optuna ends a sweep at a point without."""
+    if trailing_loss != "no result yet":
+        (tmp_path / "result.json").write_text(json.dumps({"points": [], "trailing_loss": trailing_loss}))
+    monkeypatch.setattr(train, "run_one", lambda config: (tmp_path, code))
+    monkeypatch.setattr(train.resolved, "to_config", lambda composed: composed)
+    monkeypatch.setattr(train.HydraConfig, "get", lambda: SimpleNamespace(mode=RunMode.RUN))
+    assert train.point([], OmegaConf.create()) == objective
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

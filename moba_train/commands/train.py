@@ -12,6 +12,7 @@ moba-train train --cfg job                                  print every setting,
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -53,7 +54,8 @@ def main(arguments: list[str]) -> int:
 
 
 def point(codes: list[int], composed: DictConfig) -> float | None:
-    """A single run, or a point of a sweep: its trailing loss, the sweepers' objective; None where there is none yet."""
+    """A single run, or a point of a sweep: its trailing loss, the sweepers' objective; infinite, the worst, where it
+    failed or has none; None where a batch job is to come."""
     hydra = HydraConfig.get()
     error: str | None = None
     try:
@@ -67,9 +69,10 @@ def point(codes: list[int], composed: DictConfig) -> float | None:
         if code in STOPPED:
             print(f"error: the sweep in {hydra.sweep.dir} ends here, since it was told to stop", file=sys.stderr)
             sys.exit(code)
-    if code:
-        return float("inf")  # the worst objective: a sweep goes on to its other points
-    return read_result(folder)["trailing_loss"] if (folder / "result.json").is_file() else None
+    if not code and not (folder / "result.json").is_file():
+        return None
+    found = None if code else read_result(folder)["trailing_loss"]
+    return math.inf if found is None else found  # a sweep goes on to its other points
 
 
 def run_one(config: Config) -> tuple[Path, int]:
