@@ -46,11 +46,6 @@ class Rows:
         return (np.diff(self.offsets) == 1) & (self.used == self.context_length)
 
     @property
-    def padding_share(self) -> float:
-        """Pad tokens over all tokens of the rows."""
-        return 1.0 - int(self.lengths.sum()) / max(1, len(self) * self.context_length)
-
-    @property
     def max_segments(self) -> int:
         """The most segments that a row has, its padding included."""
         return int((np.diff(self.offsets) + (self.used < self.context_length)).max(initial=0))
@@ -84,7 +79,6 @@ def pack(lengths: np.ndarray, context_length: int, seed: int = 0, most_padding: 
 
 
 def _pack_whole(lengths: np.ndarray, context_length: int, seed: int) -> Rows:
-
     # Full rows: document d gives counts[d] of them, at multiples of the context length.
     counts = lengths // context_length
     full_documents = np.repeat(np.arange(len(lengths)), counts)
