@@ -42,8 +42,8 @@ def cut(cu_seqlens: Tensor, block_size: int, tokens: int) -> Blocks:
         tokens: T.
 
     Returns:
-        Blocks with room for N = tokens // block_size + S, the most that S segments can have. On the CPU, where reading
-        a value costs nothing, N is the real number. The same object for the same arguments, as long as they live.
+        Blocks with room for N = ``most_blocks``. On the CPU, where reading a value costs nothing, N is the real number.
+        The same object for the same arguments, as long as they live.
     """
     # While torch.compile traces there is nothing to keep, and an inference tensor has no version that tells of changes.
     if torch.compiler.is_compiling() or cu_seqlens.is_inference():
@@ -55,13 +55,18 @@ def cut(cu_seqlens: Tensor, block_size: int, tokens: int) -> Blocks:
     return known[arguments]
 
 
+def most_blocks(cu_seqlens: Tensor, block_size: int, tokens: int) -> int:
+    """The most blocks that so many segments can have, known from shapes alone."""
+    return tokens // block_size + len(cu_seqlens) - 1
+
+
 def _cut(cu_seqlens: Tensor, block_size: int, tokens: int) -> Blocks:
     segments = len(cu_seqlens) - 1
     starts = cu_seqlens[:-1].long()
     counts = (cu_seqlens.long().diff() + block_size - 1) // block_size
     ends = counts.cumsum(0)  # first block after each segment
     readable = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
-    room = int(ends[-1]) if readable else tokens // block_size + segments
+    room = int(ends[-1]) if readable else most_blocks(cu_seqlens, block_size, tokens)
     index = torch.arange(room + 1, device=cu_seqlens.device)
     segment = torch.searchsorted(ends, index, right=True).clamp_(max=segments - 1)  # skips empty segments
     first = (ends - counts)[segment]

@@ -65,7 +65,7 @@ def choose(query: Tensor, key: Tensor, blocks: Blocks, spec: AttentionSpec) -> T
     """
     block_size, top_k = spec.moba
     tokens, heads, _ = query.shape
-    choices = torch.full((tokens, heads, top_k - 1), -1, dtype=_index_type(len(blocks.first)), device=query.device)
+    choices = torch.full((tokens, heads, top_k - 1), -1, dtype=index_type(len(blocks.first)), device=query.device)
     if top_k == 1:
         return choices
     own, first = blocks.of_token.long(), blocks.first.long()
@@ -99,5 +99,6 @@ def _scores(query: Tensor, means: Tensor) -> Tensor:
     return torch.bmm(grouped.to(means.dtype), means).view(heads, tokens, -1)
 
 
-def _index_type(room: int) -> torch.dtype:
+def index_type(room: int) -> torch.dtype:
+    """Of indices into so many blocks, and -1."""
     return torch.int16 if room < 1 << 15 else torch.int32

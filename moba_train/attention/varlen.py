@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from moba_train.attention import dense_cpu, dense_cuda
-from moba_train.attention.blocks import cut
-from moba_train.attention.gate import choose
+from moba_train.attention.blocks import cut, most_blocks
+from moba_train.attention.gate import choose, index_type
 from moba_train.attention.keeping import ATTENTION, CHOICES, keep
 from moba_train.attention.routing import route
 from moba_train.attention.spec import AttentionSpec
@@ -54,7 +54,14 @@ def whole_rows(tokens: int, cu_seqlens: Tensor, max_seqlen: int) -> int:
 def varlen_choose(query: Tensor, key: Tensor, cu_seqlens: Tensor, block_size: int, top_k: int) -> Tensor:
     """The gate as an operator of its own: (T, H, top_k - 1) small integers."""
     blocks = cut(cu_seqlens, block_size, len(query))
-    return keep(CHOICES, lambda: choose(query, key, blocks, AttentionSpec("moba", block_size, top_k)))
+    kind = index_type(most_blocks(cu_seqlens, block_size, len(query)))
+    return keep(CHOICES, lambda: choose(query, key, blocks, AttentionSpec("moba", block_size, top_k)).to(kind))
+
+
+@varlen_choose.register_fake
+def _(query: Tensor, key: Tensor, cu_seqlens: Tensor, block_size: int, top_k: int) -> Tensor:
+    kind = index_type(most_blocks(cu_seqlens, block_size, len(query)))
+    return query.new_empty((*query.shape[:2], top_k - 1), dtype=kind)
 
 
 def refuses(query: Tensor, key: Tensor, spec: AttentionSpec) -> str | None:
@@ -85,6 +92,13 @@ def varlen_full(
     return keep(ATTENTION, compute)
 
 
+@varlen_full.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(query)
+
+
 @torch.library.custom_op("moba_train::varlen_full_backward", mutates_args=())
 def varlen_full_backward(
     grad_out: Tensor,
@@ -103,12 +117,34 @@ def varlen_full_backward(
     return grad_query.to(query.dtype), grad_key.to(query.dtype), grad_value.to(query.dtype)
 
 
+@varlen_full_backward.register_fake
+def _(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
 @torch.library.custom_op("moba_train::varlen_moba", mutates_args=())
 def varlen_moba(
     query: Tensor, key: Tensor, value: Tensor, choices: Tensor, bounds: Tensor, block_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output (T, H, D) and log-sum-exp (T, H) of attention to the own and the chosen blocks."""
     return keep(ATTENTION, lambda: _moba_forward(query, key, value, choices, bounds, block_size, scale))
+
+
+@varlen_moba.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, choices: Tensor, bounds: Tensor, block_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(query)
 
 
 def _moba_forward(
@@ -157,6 +193,26 @@ def varlen_moba_backward(
         grad_query[here] = grad_q
     keys.add_gradients(grad_key, grad_value)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+@varlen_moba_backward.register_fake
+def _(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    merged: Tensor,
+    merged_lse: Tensor,
+    choices: Tensor,
+    bounds: Tensor,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _empty_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=_accumulator(query))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

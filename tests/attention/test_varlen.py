@@ -9,6 +9,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from attention.cases import CASES, DEVICES, TOLERANCE, Case, assert_close, attend
 from moba_train.attention import AttentionSpec, keeping, varlen
+from moba_train.attention.blocks import cut
 from moba_train.attention.dense_cpu import _groups
 from moba_train.attention.reference import reference
 
@@ -103,6 +104,22 @@ def test_many_segments_are_few_calls():
 def test_spans_are_grouped_by_length(lengths, groups):
     bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
     assert [(g.count, g.width, g.index is None) for g in _groups(bounds)] == groups
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_its_operators_are_what_they_tell_the_compiler(device):
+    """Shapes, types and layouts of what they return, also to inputs that are not contiguous; nothing is changed."""
+    case = Case("operators", (33, 0, 57))
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    strided = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in case.tensors(device, dtype)[:3])
+    query, key, value = (x.requires_grad_() for x in strided)
+    bounds, (block_size, top_k) = case.cu_seqlens(device), case.spec.moba
+    gate = (query.detach(), key.detach(), bounds, block_size, top_k)
+    blocks = cut(bounds, block_size, len(query)).bounds
+    inputs, choices = (query, key, value), varlen.varlen_choose(*gate)
+    torch.library.opcheck(varlen.varlen_choose, gate)
+    torch.library.opcheck(varlen.varlen_full, (*inputs, bounds, 57, 0.25))
+    torch.library.opcheck(varlen.varlen_moba, (*inputs, choices, blocks, block_size, 0.25))
 
 
 @pytest.mark.parametrize("device", DEVICES)
