@@ -70,21 +70,21 @@ def add_key_convolutions(model: PreTrainedModel, width: int) -> None:
     for layer in layers:
         projection: nn.Linear = layer.k_proj  # type: ignore[assignment]
         layer.key_conv = KeyConvolution(projection.out_features, width, projection.weight.dtype)
-        _convolve_keys(layer, projection, layer.key_conv)
+        layer.key_conv_bounds = []  # type: ignore[assignment]
+        layer.register_forward_pre_hook(_before_layer, with_kwargs=True)
+        _hook_projection(layer)
     model.config.key_conv = width
 
 
-def _convolve_keys(layer: nn.Module, projection: nn.Linear, convolution: KeyConvolution) -> None:
-    """Let ``convolution`` act on ``projection``'s output in each forward pass of ``layer``, recomputed ones too."""
-    bounds: list[torch.Tensor] = []  # of the pass that is under way: the projection sees the hidden states alone
-    # On the modules and not in the hooks: a deep copy of the model has its own. In a tuple it is no second parameter.
-    layer.key_conv_bounds = bounds  # type: ignore[assignment]
-    projection.key_conv = (convolution, bounds)  # type: ignore[assignment]
-    layer.register_forward_pre_hook(_note_bounds, with_kwargs=True)
-    projection.register_forward_hook(_convolved)
+def _hook_projection(layer: Any) -> None:
+    layer.k_proj.of_key_conv = (layer,)  # in a tuple it is no submodule; on the module, a deep copy has its own
+    layer.k_proj.register_forward_hook(_after_projection)
 
 
-def _note_bounds(layer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+def _before_layer(layer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    """Note the segment bounds of the pass that begins, a recomputed one too: the projection sees hidden states alone."""
+    if "of_key_conv" not in layer.k_proj.__dict__:  # PEFT has put a module of its own around it
+        _hook_projection(layer)
     hidden = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
     given = keywords.get("cu_seq_lens_q")
     if given is None:
@@ -93,9 +93,11 @@ def _note_bounds(layer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any
     layer.key_conv_bounds[:] = [given]
 
 
-def _convolved(projection: Any, _inputs: Any, key: torch.Tensor) -> torch.Tensor:
-    convolution, bounds = projection.key_conv
-    return convolution(key, bounds.pop())
+def _after_projection(projection: Any, _inputs: Any, key: torch.Tensor) -> torch.Tensor:
+    (layer,) = projection.of_key_conv
+    if projection is not layer.k_proj:  # PEFT's module, of which it has become a part, has the whole key
+        return key
+    return layer.key_conv(key, layer.key_conv_bounds.pop())
 
 
 def attention_forward(
@@ -131,6 +133,7 @@ def attention_forward(
     if spec is None:
         raise ValueError("this model has no attention plan: call moba_train.hf_attention.set_plan(model, plan) first")
     _refuse_unsupported(query, key, attention_mask, dropout, kwargs)
+    query, key, value = _as_autocast_has_it(query, key, value)
     batch, heads, length, head_dim = query.shape
     if cu_seq_lens_q is None:
         cu_seq_lens_q = segment_bounds(position_ids, batch, length, query.device)
@@ -144,6 +147,15 @@ def attention_forward(
     attend = backends.resolve(module.attention_backend, q, k, spec)  # type: ignore[arg-type]
     output = attend(q, k, v, cu_seq_lens_q, max_length_q, spec, scale)
     return output.view(batch, length, heads, head_dim), None
+
+
+def _as_autocast_has_it(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Under autocast RoPE leaves query and key in fp32, beside a value in autocast's type: all in that, as torch's own
+    attention takes them there."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
 def _check_segments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, max_length: int) -> None:

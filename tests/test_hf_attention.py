@@ -53,6 +53,32 @@ def test_dense_equals_transformers(kind: str, plan: str) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("plan", ["full", "moba that covers all"])
+def test_under_autocast_it_equals_transformers(plan: str) -> None:
+    """Where parameters are fp32, RoPE gives query and key in fp32 beside a value in bf16."""
+    theirs, ours = pair()
+    theirs.set_attn_implementation("sdpa")
+    hf_attention.set_plan(ours, [FULL if plan == "full" else AttentionSpec("moba", block_size=16, top_k=7)] * 3)
+    ids = torch.randint(300, (2, 100))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, gradients = loss_and_gradients(ours, ids)
+        expected, expected_gradients = loss_and_gradients(theirs, ids)
+    assert abs(loss - expected) < 1e-3
+    for got, want in zip(gradients, expected_gradients, strict=True):
+        assert (got - want).abs().max() < 0.03 * want.abs().max()
+
+
+def test_torch_compile_changes_nothing() -> None:
+    _, ours = pair()
+    hf_attention.set_plan(ours, [MOBA, MOBA, FULL])
+    ids = torch.randint(300, (2, 50))
+    expected, expected_gradients = loss_and_gradients(ours, ids)
+    loss, gradients = loss_and_gradients(torch.compile(ours, backend="aot_eager"), ids)
+    assert abs(loss - expected) < 1e-5
+    for got, want in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
 def test_no_parameter_is_added_or_renamed() -> None:
     theirs, ours = pair()
     hf_attention.set_plan(ours, [MOBA] * 3)

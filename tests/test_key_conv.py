@@ -85,6 +85,38 @@ def test_a_copy_of_a_model_has_convolutions_of_its_own() -> None:
     assert not torch.allclose(logits(copied, ids), before, atol=1e-3)
 
 
+class Added(torch.nn.Module):
+    """A projection with another beside it, in whose place PEFT's LoRA puts it."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.beside = torch.nn.Linear(base.in_features, base.out_features, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(hidden) + self.beside(hidden)
+
+
+def test_it_takes_the_whole_key_where_adapters_stand_around_the_projection() -> None:
+    """So that merging them changes nothing; and a convolution in the place of ours is the one that acts."""
+    model = model_of(width=3, weights=True)
+    ids = torch.randint(300, (1, 70))
+    plain = logits(model, ids)
+    attentions = [layer.self_attn for layer in model.model.layers]
+    for attention in attentions:
+        attention.k_proj = Added(attention.k_proj)
+    added = logits(model, ids)
+    assert not torch.allclose(added, plain, atol=1e-3)
+    for attention in attentions:
+        attention.k_proj.base_layer.weight.data += attention.k_proj.beside.weight
+        attention.k_proj = attention.k_proj.base_layer
+    torch.testing.assert_close(logits(model, ids), added, rtol=1e-4, atol=1e-5)
+    for attention in attentions:
+        attention.key_conv = copy.deepcopy(attention.key_conv)
+        torch.nn.init.normal_(attention.key_conv.weight)
+    assert not torch.allclose(logits(model, ids), added, atol=1e-3)
+
+
 def test_recomputation_changes_nothing() -> None:
     model = model_of(width=3, weights=True)
     ids = torch.randint(300, (2, 64))
