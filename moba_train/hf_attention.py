@@ -82,7 +82,7 @@ def _hook_projection(layer: Any) -> None:
 
 
 def _before_layer(layer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    """Note the segment bounds of the pass that begins, a recomputed one too: the projection sees hidden states alone."""
+    """Note the segment bounds of the pass that begins, or is recomputed: the projection sees hidden states alone."""
     if "of_key_conv" not in layer.k_proj.__dict__:  # PEFT has put a module of its own around it
         _hook_projection(layer)
     hidden = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
