@@ -174,14 +174,22 @@ def memory_gb(device: torch.device | str) -> float:
 def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float:
     """One device's peak in FLOP/s: the vendor's dense bf16 figure where it applies, else the best matmul measured.
 
-    Vendors' fp32 figures do not say what a matmul reaches, and CPUs have none, so those are measured (0.3 s).
+    Vendors' fp32 figures do not say what a matmul reaches, and CPUs have none, so those are measured (0.3 s); on a CPU
+    with one thread, times the threads: beside another process all of them together would reach half of that.
     """
     device = torch.device(device)
     if device.type == "cuda" and dtype == torch.bfloat16:
         known = device_peak_flops(torch.cuda.get_device_name(device))
         if known is not None:
             return known
-    return _measured_matmul_flops(device, dtype)
+    if device.type == "cuda":
+        return _measured_matmul_flops(device, dtype)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return threads * _measured_matmul_flops(device, dtype)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _measured_matmul_flops(device: torch.device, dtype: torch.dtype, budget_seconds: float = 0.3) -> float:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moba_train import metrics
 from moba_train.cost import StepCost
 from moba_train.metrics import PositionLoss, Throughput, memory_gb, peak_flops
 
@@ -214,3 +215,16 @@ def test_throughput_without_a_peak_says_nothing_of_utilisation():
 def test_memory_and_measured_peak():
     assert 0.05 < memory_gb("cpu") < 1000
     assert 1e8 < peak_flops("cpu", torch.float32) < 1e15
+
+
+def test_a_cpus_peak_is_that_of_all_its_threads_measured_with_one(monkeypatch):
+    """Together they would wait for one whose core another process has."""
+    measured: list[int] = []
+    monkeypatch.setattr(metrics, "_measured_matmul_flops", lambda *_: measured.append(torch.get_num_threads()) or 5e9)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert peak_flops("cpu", torch.float32) == 15e9
+        assert measured == [1] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
