@@ -19,7 +19,6 @@ BATCH_CHARACTERS = 1 << 20
 WAITING = 8  # batches
 BATCH_RECORDS = 10_000
 PIECE_CHARACTERS = 1 << 15  # small, so that one long document keeps every core busy
-CUT = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 
 T = TypeVar("T")  # what a text comes with
 
@@ -41,7 +40,7 @@ def encode(records: Iterator[tuple[T, str | np.ndarray]], tokenizer: Tokenizer) 
                 parts, done = [], end
             parts = parts + arrays[done:]
 
-        for batch in _batches(records, tokenizer.cuts_between_words()):
+        for batch in _batches(records, tokenizer.cuts()):
             waiting.append((pool.submit(_encode, tokenizer, batch.pieces), batch))
             if len(waiting) > WAITING:
                 yield from take()
@@ -62,11 +61,11 @@ def _encode(tokenizer: Tokenizer, pieces: list[str | np.ndarray]) -> list[np.nda
     return [next(encoded) if isinstance(piece, str) else piece for piece in pieces]
 
 
-def _batches(records: Iterator[tuple[T, str | np.ndarray]], cuts: bool) -> Iterator[_Batch[T]]:
+def _batches(records: Iterator[tuple[T, str | np.ndarray]], cuts: re.Pattern[str] | None) -> Iterator[_Batch[T]]:
     batch = _Batch[T]()
     characters = 0
     for origin, content in records:
-        for piece in _pieces(content) if cuts and isinstance(content, str) else [content]:
+        for piece in _pieces(content, cuts) if cuts and isinstance(content, str) else [content]:
             if characters >= BATCH_CHARACTERS or len(batch.ends) >= BATCH_RECORDS:
                 yield batch
                 batch, characters = _Batch[T](), 0
@@ -76,10 +75,10 @@ def _batches(records: Iterator[tuple[T, str | np.ndarray]], cuts: bool) -> Itera
     yield batch
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """The text in pieces of about PIECE_CHARACTERS, cut where `Tokenizer.cuts_between_words` allows it."""
+def _pieces(text: str, cuts: re.Pattern[str]) -> Iterator[str]:
+    """The text in pieces of about PIECE_CHARACTERS."""
     start = 0
-    while cut := CUT.search(text, start + PIECE_CHARACTERS):
+    while cut := cuts.search(text, start + PIECE_CHARACTERS):
         yield text[start : cut.start()]
         start = cut.start()
     yield text[start:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
+import re
 from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
@@ -21,8 +22,18 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 # How known tokenizers call the token between documents, for a tokenizer.json that comes without its configuration.
 END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
-# Texts whose parts, cut before the space between two letters, must encode to the tokens of the whole.
-CUT_PROBES = ("a word", "two\n\nlines", "It's", "7 of x", "été", "{ tab\tx", "end.\r\nThen")
+# Where a long text may be cut, if the tokenizer makes the same tokens of both sides of these as of the whole: before
+# the space between two letters; after the line end before a letter or digit.
+CUTS = {
+    r"(?<=[^\W\d_]) (?=[^\W\d_])": (
+        ("a word", "two\n\nlines", "It's", "7 of x", "été", "{ tab\tx", "end.\r\nThen"),
+        (" then", " A\n", " été", " I'm 7."),
+    ),
+    r"(?<=\S\n)(?=[^\W_])": (
+        ("a word\n", "two\n\nlines.\n", "été\n", "1,2\n", "if (x) {\n", "中文。\n", "//\n"),
+        ("then", "The end", "A\n", "été", "42,7", "import x", "中文"),
+    ),
+}
 
 
 class Tokenizer:
@@ -74,14 +85,22 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
-    def cuts_between_words(self) -> bool:
-        """Whether a text may be encoded in parts, cut before the space between two letters. Byte-level BPE allows
-        it: its pre-tokenizer splits there. SentencePiece-like models do not (they mark the start of a text)."""
-        return all(
-            np.array_equal(np.concatenate(self.encode_batch([left, right])), self.encode_batch([left + right])[0])
-            for left in CUT_PROBES
-            for right in (" then", " A\n", " été", " I'm 7.")
-        )
+    def cuts(self) -> re.Pattern[str] | None:
+        """Where a text may be cut, to be encoded in parts; None where it may not be. Byte-level BPE allows ``CUTS``:
+        its pre-tokenizer splits there. SentencePiece-like models do not (they mark the start of a text)."""
+        allowed = [
+            place
+            for place, (lefts, rights) in CUTS.items()
+            if all(self._joins(left, right) for left in lefts for right in rights)
+        ]
+        return re.compile("|".join(allowed)) if allowed else None
+
+    def _joins(self, left: str, right: str) -> bool:
+        try:
+            whole, *parts = self.encode_batch([left + right, left, right])
+        except ValueError:  # it has no ids for these characters, which the texts may do without
+            return False
+        return np.array_equal(np.concatenate(parts), whole)
 
     def save(self, folder: Path, context_length: int = 0) -> None:
         """Write the files that ``transformers.AutoTokenizer`` loads.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,14 @@ def test_embedded_tokenizers(path: str, entries: int) -> None:
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (entries, 0)
     assert tokenizer.backend.id_to_token(0) == "<|endoftext|>"
     assert tokenizer.decode(tokenizer.encode_batch([TEXT])[0]) == TEXT
-    assert tokenizer.cuts_between_words()
+    cuts = tokenizer.cuts()
+    assert cuts is not None
+    # Where no space stands between letters: numbers, Chinese, lists of names, odd runs of line ends.
+    text = "".join(f"{n},{n * n}\n鯨は、海の{'。' * (n % 3)}\n\n{TEXT}\nname_{n}\n_x\r\n{n} \n" for n in range(40))
+    places = [0, *(cut.start() for cut in cuts.finditer(text)), len(text)]
+    parts = [text[start:stop] for start, stop in pairwise(places)]
+    assert sum(part.endswith("\n") for part in parts) >= 80
+    assert np.array_equal(np.concatenate(tokenizer.encode_batch(parts)), tokenizer.encode_batch([text])[0])
 
 
 def test_start_marking_models_are_not_cut() -> None:
@@ -105,7 +113,17 @@ def test_start_marking_models_are_not_cut() -> None:
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.train_from_iterator([TEXT], trainers.BpeTrainer(special_tokens=["</s>"], show_progress=False))
-    assert not Tokenizer(backend, 0, "made here").cuts_between_words()
+    assert Tokenizer(backend, 0, "made here").cuts() is None
+
+
+def test_tokens_across_line_ends_leave_the_cuts_between_words() -> None:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(" ?[^ ]+"), "isolated")
+    backend.train_from_iterator(
+        ["\nthen", "word", "a"] * 9, trainers.BpeTrainer(special_tokens=["</s>"], show_progress=False)
+    )
+    cuts = Tokenizer(backend, 0, "made here").cuts()
+    assert [cut.start() for cut in cuts.finditer("a word\nthen a")] == [1, 11]
 
 
 @pytest.mark.parametrize("path", ["nowhere.json", "./nowhere", "/nowhere", "nowhere", "data/fetched/nowhere"])
