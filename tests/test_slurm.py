@@ -40,6 +40,10 @@ def test_the_script(tmp_path: Path) -> None:
     text = slurm.script(config, folder / "resolved.yaml")
     assert "--nodes=5" in text and "--nodes=4" not in text, "the user's own options count"
     assert "--ntasks-per-node=2" in text and "--gpus" not in text and "--signal" not in text
+    assert "\nMASTER_ADDR=$(scontrol" in text
+    config.environment = {"MASTER_ADDR": "node1-ib"}
+    text = slurm.script(config, folder / "resolved.yaml")
+    assert "export MASTER_ADDR=node1-ib" in text and "scontrol show" not in text
 
 
 @pytest.mark.parametrize(
@@ -61,6 +65,26 @@ def test_options_that_are_none() -> None:
         config.slurm.options = options
         with pytest.raises(ValueError, match=r"launch\.slurm\.options\..*without --"):
             launch.settle(config)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        *(("90", 5400), ("90:30", 5430), ("24:00:00", 86400), ("2-12", 216000), ("2-12:30", 217800)),
+        *(("1-0:0:5", 86405), ("UNLIMITED", None), ("", None), (None, None)),
+    ],
+)
+def test_time_limits_as_sbatch_reads_them(limit: str | None, expected: int | None) -> None:
+    assert slurm.seconds(limit) == expected
+
+
+def test_a_limit_that_leaves_no_time() -> None:
+    config = slurm_launch(gpus_per_node=1)
+    config.slurm.time = "6"
+    with pytest.raises(ValueError, match=r"launch\.slurm\.time=6 .*launch\.slurm\.save_seconds=300"):
+        launch.settle(config)
+    config.slurm.save_seconds = 299
+    launch.settle(config)
 
 
 def test_no_cluster(monkeypatch) -> None:
