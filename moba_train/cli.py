@@ -38,6 +38,9 @@ def run(arguments: list[str]) -> int:
     if verb not in VERBS:
         print(f"error: unknown verb {verb!r}: choose from {', '.join(VERBS)}", file=sys.stderr)
         return 2
+    if sys.flags.optimize:
+        print("error: Hydra does not run with python -O: unset PYTHONOPTIMIZE", file=sys.stderr)
+        return 2
     try:
         os.getcwd()
     except OSError:  # which names no folder

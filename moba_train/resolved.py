@@ -103,7 +103,13 @@ def describe(error: OmegaConfBaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
     said = lines[0] if not key or key in lines[0] else f"{key}: {lines[0]}"
-    return "; ".join(part for part in (said, nearest_key(lines[0], key)) if part)
+    return "; ".join(part for part in (said, nearest_key(lines[0], key), written_out(said)) if part)
+
+
+def written_out(refusal: str) -> str:
+    """What to write in place of 1e9 or 8k, where OmegaConf says that it is no integer; "" where it says something
+    else."""
+    return "write whole numbers out, as 1_000_000" if "could not be converted to Integer" in refusal else ""
 
 
 def nearest_key(refusal: str, key: str) -> str:

@@ -138,7 +138,9 @@ def build_schedule(config: Config) -> Schedule:
     first, tokens = 0, 0.0
     for index, stage in enumerate(stages):
         key = f"schedule.stages[{index}]"
-        if stage.context_length < 2 or tokens_per_step % stage.context_length:
+        if stage.context_length < 2:
+            raise ValueError(f"{key}.context_length={stage.context_length}: must be at least 2 tokens")
+        if tokens_per_step % stage.context_length:
             raise ValueError(
                 f"{key}.context_length={stage.context_length} does not divide train.tokens_per_step={tokens_per_step}: "
                 f"make tokens_per_step a multiple of it"

@@ -80,6 +80,10 @@ UNCOMPOSED = {
         ["schedule.stages.0.mix.full_rows", "recipe"],
     ),
     "typo in an option": (["--mutlirun"], ["--mutlirun", "did you mean --multirun?"]),
+    "a key without a name": (["=3"], ["'=3' is not key=value"]),
+    "spaces without quotes": (["run.dir=/a b=c"], ["run.dir=/a b=c cannot be read", "run.dir='a b'"]),
+    "an open bracket": (["data.train=[{name: a"], ["data.train=[{name: a cannot be read", "brackets"]),
+    "a float for a whole number": (["schedule.tokens=1e9"], ["schedule.tokens=1e9", "float", "1_000_000"]),
     "a value that an option has not": (["--cfg", "jobs"], ["--cfg", "jobs", "'job'"]),
     "wrong type": (["attention.block_size=abc"], ["attention.block_size", "abc", "Integer"]),
     "wrong type in a stage": (["schedule.stages=[{tokens: abc}]"], ["schedule.stages", "tokens", "abc"]),
@@ -113,6 +117,10 @@ UNUSABLE = {
     "a stage's setting by its place": (
         ["schedule.stages[0].context_length=100"],
         ["schedule.stages[0].context_length=100", "tokens_per_step=512"],
+    ),
+    "a context length below 2": (
+        ["schedule.stages[0].context_length=-128"],
+        ["schedule.stages[0].context_length=-128", "at least 2"],
     ),
     "stage without a size": (
         ["schedule.stages=[{name: a, context_length: 128}]"],
@@ -263,6 +271,15 @@ def test_a_place_that_cannot_be_written(refused, tmp_path: Path, monkeypatch) ->
     assert refused("run=/nope", "out=/dev/null/x", verb="report") == "/dev/null/x: Not a directory"
 
 
+def test_assertions_switched_off() -> None:
+    """Hydra's parser needs them; and a docstring is a verb's help."""
+    for level in ("-O", "-OO"):
+        command = [sys.executable, level, "-m", "moba_train", "train", "--help"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == "error: Hydra does not run with python -O: unset PYTHONOPTIMIZE\n"
+
+
 def test_a_folder_that_is_gone(refused, tmp_path: Path, monkeypatch) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
@@ -326,11 +343,15 @@ def test_as_a_user_sees_it(arguments: list[str], tmp_path: Path) -> None:
             "# @package _global_\nattention: {tpo_k: 7}",
             ["'experiment/mine'", "'tpo_k'", "did you mean attention.top_k?"],
         ),
+        (
+            "# @package _global_\ntrain: {tokens_per_step: 8k}",
+            ["'experiment/mine'", "train.tokens_per_step", "8k", "1_000_000"],
+        ),
         ("# @package _global_\nattention: 7", ["'experiment/mine'", "AttentionConfig", "7"]),
         ("# @package _global_\nattention: {top_k: 7", ["mine.yaml, line", "brackets"]),
         ("# @package _global_\nattention:\n\ttop_k: 7", ["mine.yaml, line 3", "'\\t'", "spaces"]),
     ],
-    ids=["no package line", "typo", "no group", "an open bracket", "a tab"],
+    ids=["no package line", "typo", "no whole number", "no group", "an open bracket", "a tab"],
 )
 def test_recipes_that_cannot_be_read(refused, tmp_path: Path, recipe: str, words: list[str]) -> None:
     file = tmp_path / "recipes" / "experiment" / "mine.yaml"

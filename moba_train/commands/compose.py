@@ -52,7 +52,7 @@ def run_hydra(
     """
     register(schema)
     # Hydra reads its arguments there, and takes options only before overrides.
-    given = [each for each in arguments if each[:1] == "~" or ("=" in each and each[:1] != "-")]
+    given = [each for each in arguments if each[:1] == "~" or ("=" in each and each[:1] not in "-=")]
     options = [argument for argument in arguments if argument not in given]
     overrides = [_hydra_key(override) for override in given]
     check_options(options)

@@ -11,7 +11,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.errors import OverrideParseException
 from yaml import MarkedYAMLError
 
-from moba_train.resolved import nearest_key
+from moba_train.resolved import nearest_key, written_out
 
 
 def check_options(arguments: list[str]) -> None:
@@ -38,6 +38,11 @@ def check_options(arguments: list[str]) -> None:
 
 def one_line(error: Exception) -> str:
     """What, which value and the fix, of Hydra's several lines and those of the fault behind them."""
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override} cannot be read: close its brackets and quotes, and give a value with spaces or signs "
+            f"quotes of its own, as in \"run.dir='a b'\""
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     cause = [line.strip() for line in str(error.__cause__ or "").splitlines()]
     if (unknown := re.match(r"Could not override '(.+)'", lines[0])) and "is not in struct" in "".join(cause[:1]):
@@ -57,7 +62,7 @@ def one_line(error: Exception) -> str:
         options = [line for line in lines[named + 1 : _end_of_options(lines)] if not line.startswith("_")]
         return f"{lines[0]}: choose from {', '.join(options)}"
     text = ": ".join(part for part in (lines[0], _fault(cause, lines[0])) if part)
-    return f"{text}: give key=value" if isinstance(error, OverrideParseException) else text
+    return "; ".join(part for part in (text, written_out(text)) if part)
 
 
 def _in_recipe(lines: list[str]) -> str:
@@ -65,7 +70,7 @@ def _in_recipe(lines: list[str]) -> str:
     if lines[0] == "Key 'experiment' not in 'Config'":
         return "what it sets would lie under `experiment`: make `# @package _global_` its first line"
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
-    return "; ".join(part for part in (_fault(lines), nearest_key(lines[0], key)) if part)
+    return "; ".join(part for part in (_fault(lines), nearest_key(lines[0], key), written_out(lines[0])) if part)
 
 
 def yaml_line(error: MarkedYAMLError) -> str:
