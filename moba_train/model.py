@@ -197,7 +197,9 @@ def load_model(model: ModelConfig, precision: Precision, key_conv: int = 0) -> P
         if own:
             key_conv_folder.load_convolutions(loaded, _location(model))
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"model.path={model.path} cannot be loaded ({_one_line(error)})") from None
+        raise ValueError(
+            f"model.path={model.path} cannot be loaded ({_one_line(error)}): copy or download the whole folder again"
+        ) from None
     except RuntimeError as error:  # of loading in parts, on rank 0: transformers reports no shapes there
         if (mismatch := _MISMATCH.search(str(error))) is None:
             raise

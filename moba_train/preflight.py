@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from moba_train import checkpoint, durable, resolved
 from moba_train.attention.backends import BACKENDS, check_name, resolve
 from moba_train.config import Config, Device, LaunchConfig, LaunchKind, Resume
+from moba_train.cost import DecoderShape
 from moba_train.data.mix import build_mix, check_mix, stage_mix
 from moba_train.data.store import TokenStore
 from moba_train.data.tokenizer import load_tokenizer
@@ -43,6 +44,7 @@ def check_model(config: Config, schedule: Schedule) -> None:
     _check_key_conv(config, model)
     _check_heads(config, model)
     _check_stages(config, schedule, model)
+    DecoderShape.from_config(model)  # the cost of every step is counted by it
     if (window := sliding_window(model)) is not None:
         raise ValueError(
             f"{config.model.name} has sliding_window={window}, which moba and full do not compute: "

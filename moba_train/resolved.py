@@ -141,13 +141,18 @@ def secrets(config: Config) -> list[str]:
 
 def load(path: Path) -> Config:
     """The configuration of a run directory's ``resolved.yaml``."""
+    return _to_config(read(path), path)
+
+
+def read(path: Path) -> DictConfig:
+    """The settings of a run directory's ``resolved.yaml`` as they stand there, of whatever version they are."""
     try:
         composed = OmegaConf.load(path)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(composed, DictConfig) or not composed:
         raise ValueError(f"{path} holds no settings: choose another run.name, or remove the file")
-    return _to_config(composed, path)
+    return composed
 
 
 def from_yaml(text: str, path: Path) -> Config:

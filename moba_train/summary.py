@@ -22,7 +22,7 @@ def read_result(folder: Path) -> dict[str, Any]:
         result = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         result = None
-    if not isinstance(result, dict) or "points" not in result:
+    if not isinstance(result, dict) or not {"status", "points"} <= result.keys():
         raise ValueError(f"{file} is damaged: remove it, and the run makes it again with run.resume=auto")
     return result
 

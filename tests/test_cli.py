@@ -230,7 +230,8 @@ def test_a_summary_prints_names_as_they_are(tmp_path: Path, capsys) -> None:
     folder = tmp_path / f"a[bold]{'x' * 90}"
     folder.mkdir()
     point = {"point": "[red]", "step": 4, "tokens": 2048, "loss": 1.0, "trailing_loss": 2.0}
-    (folder / "result.json").write_text(json.dumps({"points": [point], "tokens_per_second": None}))
+    result = {"status": "completed", "points": [point], "tokens_per_second": None}
+    (folder / "result.json").write_text(json.dumps(result))
     print_summary(folder, Console(width=80))
     out = capsys.readouterr().out
     assert f"{folder.name}: held-out loss" in out and "[red]" in out

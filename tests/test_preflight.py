@@ -69,6 +69,8 @@ def test_models_that_moba_does_not_compute(tiny_config: Config) -> None:
     check_model(tiny_config)
     tiny_config.model.architecture = {"model_type": "cohere", "vocab_size": 300}
     refuses(tiny_config, "logit_scale=.*use a Llama, Mistral or Qwen model")
+    tiny_config.model.architecture = {"model_type": "llama", "vocab_size": 300, "num_hidden_layers": 0}
+    refuses(tiny_config, "num_hidden_layers=0 of model_type=llama: must be at least 1")
 
 
 def test_the_tokenizer_fits_the_vocabulary(tiny_config: Config, tmp_path: Path) -> None:

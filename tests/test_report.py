@@ -244,6 +244,29 @@ def test_rebuilt_in_place(tmp_path):
     assert not list(run.glob("report/*.part"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("resolved.yaml", "run: [", r"resolved\.yaml cannot be read: while parsing"),
+        ("result.json", "{}", r"result\.json is damaged: remove it"),
+        ("result.json", '{"points": []}', r"result\.json is damaged: remove it"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, message):
+    run = write_run(tmp_path / "r", steps=3)
+    (run / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        build(run)
+
+
+def test_rows_that_are_no_steps_are_left_out(tmp_path):
+    run = write_run(tmp_path / "r", steps=3)
+    before = build(run).read_bytes()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4}\nnothing\n[]\n')
+    assert build(run).read_bytes() == before
+
+
 def test_refusals(tmp_path):
     with pytest.raises(ValueError, match=r"run=.*absent is not a directory"):
         build(tmp_path / "absent")

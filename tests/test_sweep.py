@@ -76,7 +76,9 @@ def test_a_named_sweep_is_found_again(tiny_overrides: list[str], tmp_path: Path,
 def test_what_a_sweeper_is_told(code, trailing_loss, objective, tmp_path: Path, monkeypatch) -> None:
     """A number wherever there is one to come to: Optuna ends a sweep at a point without."""
     if trailing_loss != "no result yet":
-        (tmp_path / "result.json").write_text(json.dumps({"points": [], "trailing_loss": trailing_loss}))
+        (tmp_path / "result.json").write_text(
+            json.dumps({"status": "completed", "points": [], "trailing_loss": trailing_loss})
+        )
     monkeypatch.setattr(train, "run_one", lambda config: (tmp_path, code))
     monkeypatch.setattr(train.resolved, "to_config", lambda composed: composed)
     monkeypatch.setattr(train.HydraConfig, "get", lambda: SimpleNamespace(mode=RunMode.RUN))

@@ -159,8 +159,11 @@ def _from_transformers(path: str) -> Tokenizer:
     try:
         loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=hub.out_of_reach(path))
     except Exception as error:  # transformers reads the file by parts: one that lacks some raises whatever it may
-        first = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0].rstrip(': ')}"
-        raise ValueError(f"tokenizer {path!r} cannot be loaded as a folder or hub name: {first}") from error
+        first = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(": ")
+        raise ValueError(
+            f"tokenizer {path!r} cannot be loaded as a folder or hub name ({first}): name a tokenizer.json, or the "
+            "whole folder of one"
+        ) from error
     if not getattr(loaded, "is_fast", False):
         raise ValueError(f"tokenizer {path!r} has no tokenizer.json; convert it to a fast tokenizer first")
     if loaded.eos_token_id is None:

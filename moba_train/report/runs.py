@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from moba_train import resolved
 from moba_train.metrics_file import read_rows
 from moba_train.summary import read_result
 
@@ -196,7 +197,7 @@ def read_runs(paths: list[Path]) -> list[Run]:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "resolved.yaml").is_file()
+    return (path / resolved.FILE).is_file()
 
 
 def _order(path: Path) -> list[str | int]:
@@ -205,10 +206,11 @@ def _order(path: Path) -> list[str | int]:
 
 
 def _read_run(path: Path) -> Run:
-    config: Any = OmegaConf.to_container(OmegaConf.load(path / "resolved.yaml"))
+    config: Any = OmegaConf.to_container(resolved.read(path / resolved.FILE))
     result = read_result(path) if (path / "result.json").is_file() else None
     metrics = path / "metrics.jsonl"  # not there yet where a run stopped before its first row
-    return Run(path, config, list(read_rows(metrics)) if metrics.is_file() else [], result)
+    rows = read_rows(metrics) if metrics.is_file() else []
+    return Run(path, config, [row for row in rows if "tokens" in row], result)
 
 
 def _mean(rows: list[dict[str, Any]], key: str) -> float | None:
