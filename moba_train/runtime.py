@@ -78,7 +78,12 @@ def start(launch: LaunchConfig, sequence_parallel_size: int = 1) -> Runtime:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=gpu)
     else:
         try:
-            dist.init_process_group(backend, timeout=timeout, device_id=gpu)
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+            # torchrun's static rendezvous keeps its store, the first ranks' addresses in it, when it starts them again.
+            store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=gpu
+            )
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise ValueError(

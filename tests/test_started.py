@@ -63,9 +63,24 @@ def test_waiting_takes_no_settings_of_an_earlier_start(environment, tmp_path: Pa
         started.wait_for(file, "seed: 2", minutes=0.001)
 
 
+DIES_ONCE = """
+import os, runpy, signal, sys
+import moba_train.run
+build = moba_train.run.build
+def dying(*arguments):
+    run = build(*arguments)
+    if (os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]) == ("0", "1"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return run
+moba_train.run.build = dying
+runpy.run_module("moba_train.worker", run_name="__main__")
+"""
+
+
 @pytest.mark.distributed
 def test_under_torchrun(tiny_overrides: list[str], tmp_path: Path) -> None:
-    """The command line of each rank, and then the bare worker on a resolved.yaml that is there."""
+    """The command line of each rank, and then the bare worker on a resolved.yaml that is there; torchrun starts both
+    ranks of that again when one is killed."""
     folder = tmp_path / "runs/started"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -85,6 +100,8 @@ def test_under_torchrun(tiny_overrides: list[str], tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["started"]
 
     (folder / "result.json").unlink()
-    bare = run("-m", "moba_train.worker", "--config", str(folder / "resolved.yaml"))
+    script = tmp_path / "dies_once.py"
+    script.write_text(DIES_ONCE)
+    bare = run("--max-restarts=1", str(script), "--config", str(folder / "resolved.yaml"))
     assert bare.returncode == 0, bare.stderr
-    assert (folder / "result.json").is_file()
+    assert "exitcode: -9" in bare.stderr and (folder / "result.json").is_file()
