@@ -18,6 +18,7 @@ from moba_train.data.loader import Batch
 from moba_train.data.tokens import prepare_store
 from moba_train.loss import IGNORE
 from moba_train.metrics import PositionLoss
+from moba_train.parallel.sequence import _Moved
 from moba_train.runtime import Runtime, start
 from tiny import run_ranks
 
@@ -77,6 +78,17 @@ def test_slices_make_up_the_rows(size: int) -> None:
     assert bins.as_row("x", curve=True) == pytest.approx(expected.as_row("x", curve=True))
     assert float(bins._state[1, :4].sum()) == valid_tokens(batch)
     assert float(bins._state[1, 4]) == 16, "only the row that is one whole segment has a trailing loss"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("numbers", [8, 7], ids=["words of 8 bytes", "numbers"])
+def test_parcels_are_copied_in_order(dtype: torch.dtype, numbers: int) -> None:
+    """Of what a fused projection gives, which is not contiguous; and back, for the gradient."""
+    slices = torch.randn(3, 2, 4, 2 * numbers, dtype=dtype)[..., :numbers].requires_grad_()
+    parcels = _Moved.apply(slices, 2, 0)
+    assert torch.equal(parcels, slices.movedim(2, 0)) and parcels.is_contiguous()
+    gradient = torch.randn_like(parcels)
+    assert torch.equal(torch.autograd.grad(parcels, slices, gradient)[0], gradient.movedim(0, 2))
 
 
 def case(name: str, size: int, zero_stage: int, kv_heads: int = 2, **train) -> dict:
