@@ -11,7 +11,7 @@ import numpy as np
 from moba_train.config import DataConfig, SourceConfig
 from moba_train.data.documents import SourceFile, find_files, read_documents, read_records
 from moba_train.data.filters import Overlap, SeenTexts, digest
-from moba_train.data.tally import Tally
+from moba_train.data.tally import DROPPED, Tally
 from moba_train.data.tokenizer import Tokenizer
 
 
@@ -105,14 +105,17 @@ def check_documents(split: Split, tallies: list[Tally], min_tokens: int) -> None
         tally.check(source)
     if not any(tally.documents for tally in tallies):
         names = ", ".join(repr(source.name) for source, _ in split.sources)
-        records = sum(t.records for t in tallies)
-        fix = f"name data.{split.name} sources that have some"
-        if split.group != split.name:
-            fix = "raise data.heldout_fraction, or name data.heldout sources"
+        records = sum(tally.records for tally in tallies)
+        fates = {reason: sum(getattr(tally, reason) for tally in tallies) for reason in DROPPED}
+        told = ", ".join(f"{count} {DROPPED[reason]}" for reason, count in fates.items() if count)
+        fix = {
+            "short": f"lower data.min_document_tokens={min_tokens}",
+            "in_heldout": "hold out other documents",
+            "other_split": f"{'lower' if split.name == 'train' else 'raise'} data.heldout_fraction, or add documents",
+        }.get(max(fates, key=lambda reason: fates[reason]), f"name data.{split.name} sources that have some")
         raise NoDocument(
-            f"the {split.name} split holds no document: sources {names} gave {records} records, "
-            f"{sum(t.empty for t in tallies)} empty, {sum(t.short for t in tallies)} shorter than "
-            f"data.min_document_tokens={min_tokens}; {fix}"
+            f"the {split.name} split holds no document: sources {names} gave {records} records"
+            f"{f' ({told})' if told else ''}; {fix}"
         )
 
 
