@@ -58,12 +58,6 @@ def varlen_choose(query: Tensor, key: Tensor, cu_seqlens: Tensor, block_size: in
     return keep(CHOICES, lambda: choose(query, key, blocks, AttentionSpec("moba", block_size, top_k)).to(kind))
 
 
-@varlen_choose.register_fake
-def _(query: Tensor, key: Tensor, cu_seqlens: Tensor, block_size: int, top_k: int) -> Tensor:
-    kind = index_type(most_blocks(cu_seqlens, block_size, len(query)))
-    return query.new_empty((*query.shape[:2], top_k - 1), dtype=kind)
-
-
 def refuses(query: Tensor, key: Tensor, spec: AttentionSpec) -> str | None:
     """Why ``varlen`` cannot serve tensors like these, or None."""
     if query.device.type == "cpu":
@@ -92,13 +86,6 @@ def varlen_full(
     return keep(ATTENTION, compute)
 
 
-@varlen_full.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(query)
-
-
 @torch.library.custom_op("moba_train::varlen_full_backward", mutates_args=())
 def varlen_full_backward(
     grad_out: Tensor,
@@ -117,34 +104,12 @@ def varlen_full_backward(
     return grad_query.to(query.dtype), grad_key.to(query.dtype), grad_value.to(query.dtype)
 
 
-@varlen_full_backward.register_fake
-def _(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
 @torch.library.custom_op("moba_train::varlen_moba", mutates_args=())
 def varlen_moba(
     query: Tensor, key: Tensor, value: Tensor, choices: Tensor, bounds: Tensor, block_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output (T, H, D) and log-sum-exp (T, H) of attention to the own and the chosen blocks."""
     return keep(ATTENTION, lambda: _moba_forward(query, key, value, choices, bounds, block_size, scale))
-
-
-@varlen_moba.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, choices: Tensor, bounds: Tensor, block_size: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(query)
 
 
 def _moba_forward(
@@ -195,26 +160,6 @@ def varlen_moba_backward(
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
-@varlen_moba_backward.register_fake
-def _(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    merged: Tensor,
-    merged_lse: Tensor,
-    choices: Tensor,
-    bounds: Tensor,
-    block_size: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _empty_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=_accumulator(query))
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, *rest = inputs
     ctx.mark_non_differentiable(output[1])
@@ -231,8 +176,26 @@ def _moba_gradients(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tup
     return *varlen_moba_backward(grad_out, *ctx.saved_tensors, *ctx.sizes), *[None] * ctx.no_gradients
 
 
+def _empty_choices(query: Tensor, key: Tensor, cu_seqlens: Tensor, block_size: int, top_k: int) -> Tensor:
+    kind = index_type(most_blocks(cu_seqlens, block_size, len(query)))
+    return query.new_empty((*query.shape[:2], top_k - 1), dtype=kind)
+
+
+def _empty_outputs(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=_accumulator(query))
+
+
+def _empty_gradients(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
 varlen_full.register_autograd(_full_gradients, setup_context=_save)
 varlen_moba.register_autograd(_moba_gradients, setup_context=_save)
+varlen_choose.register_fake(_empty_choices)
+varlen_full.register_fake(_empty_outputs)
+varlen_moba.register_fake(_empty_outputs)
+varlen_full_backward.register_fake(_empty_gradients)
+varlen_moba_backward.register_fake(_empty_gradients)
 
 
 def _dense(*tensors: Tensor) -> tuple[Any, list[Tensor]]:
