@@ -19,6 +19,7 @@ import pytest
 from moba_train.config import Device, LaunchConfig, LaunchKind
 from moba_train.metrics_file import read_rows
 from moba_train.parallel import hosts, launch, local, ssh
+from moba_train.parallel.hostfile import choose
 from test_distributed import losses, wait_for, workers_of
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin:/sbin")
@@ -49,11 +50,11 @@ FOUR = "# two machines\nnode-a slots=3\n\nnode-b slots=1  # the small one\n"
 )
 def test_who_runs_what(tmp_path: Path, settings: dict[str, int], expected: list[tuple[str, int]]) -> None:
     config = LaunchConfig(kind=LaunchKind.hostfile, hostfile=hostfile(tmp_path, FOUR), **settings)
-    assert [(host.name, host.processes) for host in hosts.choose(config)] == expected
+    assert [(host.name, host.processes) for host in choose(config)] == expected
     settled = launch.settle(config)
     assert settled.world_size == sum(count for _, count in expected)
     assert settled.nodes == len(expected) and settled.port
-    assert hosts.choose(settled) == hosts.choose(config)
+    assert choose(settled) == choose(config)
 
 
 @pytest.mark.parametrize(

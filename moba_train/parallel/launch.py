@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from moba_train.config import Device, LaunchConfig, LaunchKind
-from moba_train.parallel import hosts, local, slurm, ssh, started, variables
+from moba_train.parallel import hostfile, hosts, local, slurm, ssh, started, variables
 
 _REMOTE_PORTS = range(20000, 32000)  # below those that Linux gives to outgoing connections
 
@@ -26,7 +26,7 @@ def settle(launch: LaunchConfig) -> LaunchConfig:
     """
     _check_counts(launch)
     if launch.kind is LaunchKind.hostfile:
-        used = hosts.choose(launch)
+        used = hostfile.choose(launch)
         launch = replace(launch, nodes=len(used))
         if launch.gpus_per_node is None and launch.gpus is None:
             launch.processes = sum(host.processes for host in used)
@@ -68,7 +68,7 @@ def run(launch: LaunchConfig, resolved: Path, claim: IO[str] | None = None) -> i
         _give_up(claim)
         return slurm.run(launch, resolved)
     if launch.kind is LaunchKind.hostfile:
-        used = hosts.choose(launch)
+        used = hostfile.choose(launch)
         commands = ssh.commands(launch, used, resolved)
         for command in commands:
             print(f"command: {shlex.join(command)}", flush=True)

@@ -18,14 +18,11 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from signal import SIGHUP, SIGKILL
-from typing import TYPE_CHECKING
 
 from moba_train.config import LaunchConfig
 from moba_train.parallel import lifetime, supervise, variables
+from moba_train.parallel.hostfile import Host
 from moba_train.redact import redact
-
-if TYPE_CHECKING:
-    from moba_train.parallel.hosts import Host
 
 _OPTIONS = ("BatchMode=yes", "ConnectTimeout=15", "ServerAliveInterval=15", "ServerAliveCountMax=4")
 _PASSED = ("NCCL_", "TORCH_", "GLOO_", "UCX_", "FI_", "PYTHON", "PYTORCH_", "TRITON_", "HF_", "OMP_", "LD_LIBRARY_PATH")
