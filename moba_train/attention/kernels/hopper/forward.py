@@ -2,7 +2,8 @@
 
 Programs are as many as multiprocessors; each goes from tile to tile, 64 entries of a (kv head, block) list for each of
 two or three warpgroups. One warp has the copy engine bring the block's keys and values, BLOCK_N at a time, through a
-ring of STAGES buffers; two warps gather the next tile's queries while this one is attended to. A tile's last product
+ring of STAGES buffers; two warps gather the next tile's queries while this one is attended to, having found which those
+are before there was room: three loads, one after the other, that would take as long as a tile. A tile's last product
 runs beside the first scores, and their softmax, of the next one: blocks are short, and their ends frequent.
 
 Work and bytes are those of the Triton kernel.
@@ -30,7 +31,6 @@ from moba_train.attention.kernels.hopper.shared import (
     gather,
     load_entries,
     programs,
-    row_starts,
     thread_barrier,
 )
 from moba_train.attention.kernels.plan import Config, Sizes
@@ -66,46 +66,57 @@ def _bring_keys(
 
 
 @gluon.jit
-def _gather_entries(
-    p_query, p_entries, s_query, s_place, i_buffer, n_start, n_stop, i_kv, i_place, K,
-    G: gl.constexpr, R: gl.constexpr, D: gl.constexpr,
+def _list_rows(
+    p_lists, p_of_list, p_offsets, p_entries, s_ahead, i_tile, i_kv_start, i_entry_start, n_entries, n_tiles, N, P,
+    i_part, n_parts, K, WIDTH: gl.constexpr, G: gl.constexpr, R: gl.constexpr,
 ):  # fmt: skip
-    """Two warps: rows of HALF entries from n_start on, past the list's end the last one again, and their places among
-    the results, past the end -1."""
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [2, 1], [1, 0])
+    """Where a tile's queries lie, in rows of D numbers, and where its results go. Past the list's end the last query
+    comes again, and its result goes to -1."""
     VECTOR: gl.constexpr = gl.BlockedLayout([1], [32], [2], [0])
-    o_entry, _ = load_entries(p_entries, n_start, n_stop, gl.SliceLayout(1, ROWS))
-    o_start = row_starts(o_entry // R, i_kv, K, G, D)
-    o_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))
-    gather(s_query.index(i_buffer), p_query + (o_start[:, None] + o_d[None, :]))
-    o_entry, m_row = load_entries(p_entries, n_start, n_stop, VECTOR)
-    s_place.index(i_buffer).store(gl.where(m_row, i_place + o_entry, -1))
+    i_tile = gl.minimum(i_tile, n_tiles - 1)
+    i_list, n_start, n_stop = find_tile(p_lists, p_of_list, p_offsets, i_tile, N, P, i_part, n_parts, WIDTH)
+    i_kv = i_kv_start + i_list // N
+    i_place = i_list // N * n_entries - i_entry_start
+    for i_own in gl.static_range(WIDTH):
+        o_entry, m_row = load_entries(p_entries, n_start + i_own * HALF, n_stop, VECTOR)
+        o_row = o_entry // R
+        s_ahead.index(i_own).store((o_row // G * K + i_kv) * G + o_row % G)
+        s_ahead.index(WIDTH + i_own).store(gl.where(m_row, i_place + o_entry, -1))
 
 
 @gluon.jit
 def _gather_rows(
-    p_query, p_lists, p_of_list, p_offsets, p_entries, s_query, s_place, rows_full, rows_free,
+    p_query, p_lists, p_of_list, p_offsets, p_entries, s_query, s_place, s_ahead, rows_full, rows_free,
     i_kv_start, i_entry_start, n_entries, n_tiles, N, P, i_part, n_parts, K, WIDTH: gl.constexpr,
     G: gl.constexpr, R: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """The gathering warps: a tile's queries, and the places of its results."""
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [2, 1], [1, 0])
+    VECTOR: gl.constexpr = gl.BlockedLayout([1], [32], [2], [0])
+    o_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))
     i_turn = i_kv_start * 0
+    if gl.program_id(0) < n_tiles:
+        _list_rows(
+            p_lists, p_of_list, p_offsets, p_entries, s_ahead, gl.program_id(0), i_kv_start, i_entry_start, n_entries,
+            n_tiles, N, P, i_part, n_parts, K, WIDTH, G, R,
+        )  # fmt: skip
     for i_tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        i_list, n_start, n_stop = find_tile(p_lists, p_of_list, p_offsets, i_tile, N, P, i_part, n_parts, WIDTH)
         i_buffer = i_turn % 2
         mbarrier.wait(rows_free.index(i_buffer), (i_turn // 2 & 1) ^ 1)
-        i_kv = i_kv_start + i_list // N
-        i_place = i_list // N * n_entries - i_entry_start
         for i_own in range(WIDTH):
-            _gather_entries(
-                p_query, p_entries, s_query, s_place, i_buffer * WIDTH + i_own, n_start + i_own * HALF, n_stop, i_kv,
-                i_place, K, G, R, D,
-            )  # fmt: skip
+            o_row = s_ahead.index(i_own).load(gl.SliceLayout(1, ROWS))
+            p_rows = p_query + ((o_row.to(gl.int64) * D)[:, None] + o_d[None, :])
+            gather(s_query.index(i_buffer * WIDTH + i_own), p_rows)
+            s_place.index(i_buffer * WIDTH + i_own).store(s_ahead.index(WIDTH + i_own).load(VECTOR))
         async_copy.commit_group()
         async_copy.wait_group(0)
         fence_async_shared()
         thread_barrier()  # all of the warps' copies are fenced
         mbarrier.arrive(rows_full.index(i_buffer), count=1)
+        _list_rows(
+            p_lists, p_of_list, p_offsets, p_entries, s_ahead, i_tile + gl.num_programs(0), i_kv_start, i_entry_start,
+            n_entries, n_tiles, N, P, i_part, n_parts, K, WIDTH, G, R,
+        )  # fmt: skip
         i_turn += 1
 
 
@@ -253,6 +264,7 @@ def routed_forward_hopper_kernel(
     s_query = gl.allocate_shared_memory(TYPE, [2 * WIDTH, HALF, D], ROWS)
     s_ring = gl.allocate_shared_memory(TYPE, [STAGES, BLOCK_N, D], d_key.layout)
     s_place = gl.allocate_shared_memory(gl.int32, [2 * WIDTH, HALF], NUMBER)
+    s_ahead = gl.allocate_shared_memory(gl.int32, [2 * WIDTH, HALF], NUMBER)
     full, free, rows_full, rows_free = barriers(1, STAGES), barriers(WIDTH, STAGES), barriers(1, 2), barriers(WIDTH, 2)
     turn = barriers(1, WIDTH) if TURNS else rows_full  # not used then: ``key_value`` says why no barrier may be there
     fence_async_shared()
@@ -272,7 +284,7 @@ def routed_forward_hopper_kernel(
                     n_tiles, 2, WIDTH, TURNS, B, D, BLOCK_N, STAGES,
                 )),
                 (_gather_rows, (
-                    p_query, p_lists, p_of_list, p_offsets, p_entries, s_query, s_place, rows_full, rows_free,
+                    p_query, p_lists, p_of_list, p_offsets, p_entries, s_query, s_place, s_ahead, rows_full, rows_free,
                     i_kv_start, i_entry_start, n_entries, n_tiles, N, P, i_part, n_parts, K, WIDTH, G, R, D,
                 )),
                 (_bring_keys, (
@@ -295,7 +307,7 @@ def routed_forward_hopper_kernel(
                     n_tiles, 1, WIDTH, TURNS, B, D, BLOCK_N, STAGES,
                 )),
                 (_gather_rows, (
-                    p_query, p_lists, p_of_list, p_offsets, p_entries, s_query, s_place, rows_full, rows_free,
+                    p_query, p_lists, p_of_list, p_offsets, p_entries, s_query, s_place, s_ahead, rows_full, rows_free,
                     i_kv_start, i_entry_start, n_entries, n_tiles, N, P, i_part, n_parts, K, WIDTH, G, R, D,
                 )),
                 (_bring_keys, (
