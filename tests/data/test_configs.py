@@ -110,8 +110,11 @@ def composed(name: str) -> Config:
         return resolved.to_config(compose("train", overrides=[f"data={name}"]))
 
 
-def write_code(folder: Path) -> None:
-    """What stack_repositories and code_repositories ask for."""
+def write_own_files(folder: Path) -> None:
+    """What stack_repositories, code_repositories and texts ask for."""
+    (folder / "data/texts").mkdir(parents=True)
+    for number, text in enumerate(some_texts(60)):
+        (folder / f"data/texts/{number}.txt").write_text(text)
     rows = [
         {"max_stars_repo_name": f"owner/{repo}", "max_stars_repo_path": f"{file}.py", "content": text}
         for repo in range(30)
@@ -149,7 +152,7 @@ def write_prolong(config: Config) -> None:
 @pytest.mark.parametrize("name", PUBLIC)
 def test_ready_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
-    write_code(tmp_path)
+    write_own_files(tmp_path)
     config = composed(name)
     if any(source.path.endswith(".zst") for source in config.data.train):
         pytest.importorskip("zstandard", reason="datasets reads .zst with it")
@@ -181,5 +184,5 @@ def test_every_config_says_licence_and_place() -> None:
     for name in PUBLIC:
         text = (embedded.folder("configs") / "data" / f"{name}.yaml").read_text()
         assert text.startswith("# ")
-        if name != "code_repositories":
+        if name not in ("code_repositories", "texts"):
             assert any(word in text for word in ("huggingface.co/datasets", "arXiv:"))

@@ -8,6 +8,8 @@ made again, but the backward pass takes the forward's. Operators take tensors al
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -94,18 +96,7 @@ def attend(
 
 
 @attend.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bounds: Tensor,
-    first: Tensor,
-    of_token: Tensor,
-    entries: Tensor,
-    offsets: Tensor,
-    block_size: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     tokens, heads, _ = query.shape
     kv_heads = key.shape[1]
     lse = query.new_empty((kv_heads, tokens * (heads // kv_heads)), dtype=torch.float32)
@@ -137,21 +128,7 @@ def attend_backward(
 
 
 @attend_backward.register_fake
-def _(
-    d_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bounds: Tensor,
-    first: Tensor,
-    of_token: Tensor,
-    entries: Tensor,
-    offsets: Tensor,
-    block_size: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
