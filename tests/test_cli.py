@@ -289,6 +289,12 @@ def test_a_folder_that_is_gone(refused, tmp_path: Path, monkeypatch) -> None:
     assert "gone: cd to one" in refused()
 
 
+def test_a_path_may_begin_at_home(refused, tmp_path: Path, monkeypatch) -> None:
+    """Not every shell puts the folder in the place of run=~/…"""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"run={tmp_path}/runs is not a directory" in refused("run=~/runs", verb="report")
+
+
 def test_a_closed_output_is_no_traceback(monkeypatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)  # as Python sets it after >&-
     monkeypatch.setattr(sys, "argv", ["moba-train", "--version"])

@@ -27,6 +27,6 @@ def main(arguments: list[str]) -> int:
     given = parse(FetchArguments, arguments, "fetch model=NAME")
     if given.model not in MODELS:
         raise ValueError(f"model={given.model} is not known: choose from {', '.join(MODELS)}")
-    folder = MODELS[given.model](Path(given.out or f"data/fetched/{given.model}"))
+    folder = MODELS[given.model](Path(given.out or f"data/fetched/{given.model}").expanduser())
     print(f"model: {folder}")
     return 0

@@ -52,7 +52,7 @@ def _job(composed: DictConfig) -> None:
     settings = OmegaConf.to_object(composed.plan)
     assert isinstance(settings, PlanConfig)
     validate(config)
-    show(config, settings, Path(composed.output) if composed.output else None)
+    show(config, settings, Path(composed.output).expanduser() if composed.output else None)
 
 
 def show(config: Config, settings: PlanConfig, output: Path | None = None) -> None:
@@ -115,6 +115,10 @@ def _stage_table(found: Estimate) -> Table:
 def _utilization(each: StageEstimate, found: Estimate) -> str:
     peak = device_peak_flops(found.hardware.gpu)
     return f"{each.cost.model_flops / each.time.total / (peak * found.world_size):.0%}" if peak else ""
+
+
+def _amount(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _duration(seconds: float) -> str:
@@ -195,7 +199,7 @@ def _print_verdict(found: Estimate, chosen: list[Switch]) -> None:
                 f"with plan.host_memory_gb."
             )
         _line(
-            f"{verdict} The schedule takes {_duration(found.seconds)}, {found.gpu_hours:,.4g} GPU hours, "
+            f"{verdict} The schedule takes {_duration(found.seconds)}, {_amount(found.gpu_hours)} GPU hours, "
             f"without evaluation and checkpoints"
         )
         return

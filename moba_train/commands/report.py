@@ -23,6 +23,6 @@ class ReportArguments:
 
 def main(arguments: list[str]) -> int:
     given = parse(ReportArguments, arguments, "report run=DIRECTORY")
-    page = report.build(Path(given.run), Path(given.out) if given.out else None)
+    page = report.build(Path(given.run).expanduser(), Path(given.out).expanduser() if given.out else None)
     print(f"report: {page}")
     return 0

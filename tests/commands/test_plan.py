@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,11 @@ def test_host_memory_that_is_not_known_and_too_little(tmp_path: Path, capsys: py
         assert run(["plan", *offloaded, *given]) == 0
         assert words in capsys.readouterr().out
         assert json.loads(file.read_text())["fits"] is fits
+
+
+def test_a_long_run_counts_its_hours_in_whole_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "experiment=llama3_8b_1m", "launch.nodes=4"]) == 0
+    assert re.search(r"takes [\d.]+ d, \d\d,\d\d\d GPU hours", capsys.readouterr().out)
 
 
 def test_a_folder_with_its_configuration_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
