@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from moba_train import cli
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -52,6 +54,16 @@ def test_the_batch_job_of_your_own_recipe_would_start(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "moba_train", *line.split(), f"--config-dir={tmp_path}", "launch.dry_run=true"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_its_training_commands_compose(tmp_path: Path, capsys) -> None:
+    write_recipe_of_your_own(tmp_path)
+    lines = re.findall(r"^    moba-train train (.*?)(?:  +#.*)?$", README, re.MULTILINE)
+    single = [line for line in lines if "--multirun" not in line and "--cfg" not in line]
+    assert len(single) > 6
+    for line in single:
+        assert cli.run(["train", *line.split(), f"--config-dir={tmp_path}", "--cfg", "job"]) == 0, line
+        assert yaml.safe_load(capsys.readouterr().out)["schedule"]["stages"], line
 
 
 def test_the_recipe_of_your_own_composes(tmp_path: Path) -> None:
