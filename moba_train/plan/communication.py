@@ -20,12 +20,15 @@ def collective_seconds(setup: Setup, hardware: Hardware, size: float) -> float:
 
 def exchange_seconds(setup: Setup, hardware: Hardware) -> float:
     """Ulysses's in one pass through one layer: each rank exchanges equal parts with its group's ranks."""
-    size = ulysses_bytes(setup)
     group = setup.sequence_parallel_size
+    if group == 1:
+        return 0.0
+    size = ulysses_bytes(setup)
     near = min(group, setup.gpus_per_node)
     within = size * (near - 1) / group / hardware.nvlink_gbs
     between = size * (group - near) / group / hardware.network_gbs
-    return max(within, between) / GB_S
+    # Each rank's parcel is copied together before and apart after: read and written once.
+    return (max(within, between) + 2 * size / hardware.hbm_gbs) / GB_S
 
 
 def ulysses_bytes(setup: Setup) -> float:

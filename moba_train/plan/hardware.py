@@ -1,7 +1,7 @@
 """GPUs and the rates they reach. One of them was measured; the others follow from it and their data sheets.
 
 Rates are what kernels reach, not what a data sheet promises. Those of the H200 are measurements of ours: attention as
-in the README (on an H100, whose arithmetic is the same), matmul in whole steps of a 1B model, copies at large sizes.
+in the README, matmul and what does little but read and write in whole steps of a 1B model.
 Another GPU's arithmetic is the H200's times the ratio of their dense bf16 peaks, and its memory the H200's times the
 ratio of their bandwidths.
 """
@@ -77,12 +77,12 @@ H200 = Hardware(
     host_memory_gb=None,
     matmul_tflops=720,
     full_forward_tflops=530,
-    full_backward_tflops=538,
+    full_backward_tflops=526,
     # Of the README's cases, the gate and the bytes of routed queries taken out.
-    moba_forward_tflops={128: 449, 512: 498, 4096: 675},
-    moba_backward_tflops={128: 521, 512: 386, 4096: 458},
-    gate_tflops=170,
-    hbm_gbs=4000,
+    moba_forward_tflops={128: 460, 512: 547, 4096: 629},
+    moba_backward_tflops={128: 485, 512: 373, 4096: 458},
+    gate_tflops=260,
+    hbm_gbs=3600,
     nvlink_gbs=360,
     network_gbs=40,
     host_gbs=50,

@@ -55,9 +55,9 @@ def predict_memory(setup: Setup) -> Memory:
     always = states.resting(setup) | _inputs(setup) | {"cuBLAS": CUBLAS_BYTES}
     gathered, everything = states.gathered(setup), setup.shape.parameters
     begin = always | gathered | states.gradients(setup, 0)
-    after_loss = always | gathered | states.gradients(setup, setup.output_parameters)
-    after_layers = always | gathered | states.gradients(setup, everything - setup.input_parameters)
-    end = always | gathered | states.gradients(setup, everything)
+    after_loss = always | gathered | states.bucket(setup) | states.gradients(setup, setup.output_parameters)
+    after_layers = after_loss | states.gradients(setup, everything - setup.input_parameters)
+    end = after_loss | states.gradients(setup, everything)
     kept = _kept(setup, setup.shape.layers)
     moments = {
         "loss": begin | kept | _loss(setup),

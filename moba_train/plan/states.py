@@ -47,16 +47,22 @@ def gradients(setup: Setup, made: float) -> Parts:
     """
     count, world = setup.shape.parameters, setup.world_size
     present = count if setup.micro_batches > 1 else made
-    sums = SINGLE if setup.train.gradient_dtype is Precision.fp32 else HALF
-    stage, elsewhere = setup.train.zero_stage, _optimizer_is_elsewhere(setup)
+    stage = setup.train.zero_stage
     if stage == 3:
-        return {} if elsewhere else {"gradients": sums * count / world}
+        return {} if _optimizer_is_elsewhere(setup) else {"gradients": _sums(setup) * count / world}
     if stage == 2:
-        return {"gradients": sums * count / world, "reduction bucket": HALF * REDUCE_BUCKET}
-    if elsewhere or sums == HALF:
-        return {"gradients": sums * present}
+        return {"gradients": _sums(setup) * count / world}
+    if _summed_by_zero(setup):
+        return {"gradients": _sums(setup) * present}
     # BF16_Optimizer: fp32 sums are not partitioned, and each parameter's bf16 gradient stays beside them.
     return {"gradients": SINGLE * count + HALF * present}
+
+
+def bucket(setup: Setup) -> Parts:
+    """Where gradients are collected to be sent, from the first of a backward pass to the last. Stage 3 keeps it."""
+    if setup.train.zero_stage == 2 or (setup.train.zero_stage == 1 and _summed_by_zero(setup)):
+        return {"reduction bucket": _sent(setup) * REDUCE_BUCKET}
+    return {}
 
 
 def reduction(setup: Setup) -> Parts:
@@ -66,13 +72,29 @@ def reduction(setup: Setup) -> Parts:
         return {"reduction": SINGLE * some}
     if setup.train.zero_stage == 2:
         return {}
-    if _optimizer_is_elsewhere(setup) or setup.train.gradient_dtype is Precision.bf16:
-        sums = SINGLE if setup.train.gradient_dtype is Precision.fp32 else HALF
-        own = setup.shape.parameters / setup.world_size if _optimizer_is_elsewhere(setup) else 0  # on their way out
-        return {"reduction": sums * (REDUCE_BUCKET + own)}
-    # Flattened as they are, and in the type that is sent; a single rank sends nothing.
-    sent = setup.train.reduction_dtype or (Precision.bf16 if setup.world_size > 1 else Precision.fp32)
-    return {"reduction": (SINGLE + HALF * (sent is Precision.bf16)) * some}
+    if _optimizer_is_elsewhere(setup):  # a bucket made flat, and the gradients of other buckets on their way out
+        return {"reduction": _sums(setup) * setup.shape.parameters / setup.world_size}
+    if _summed_by_zero(setup):
+        return {}
+    # Flattened as they are, and in the type that is sent, if that is another.
+    return {"reduction": (SINGLE + HALF * (_sent(setup) == HALF)) * some}
+
+
+def _sums(setup: Setup) -> int:
+    """Bytes of a gradient's number where several are added up."""
+    return SINGLE if setup.train.gradient_dtype is Precision.fp32 else HALF
+
+
+def _sent(setup: Setup) -> int:
+    """Bytes of a number that is sent. A single rank at stage 1 sends nothing, and rounds nothing for it."""
+    if setup.train.reduction_dtype is not None:
+        return SINGLE if setup.train.reduction_dtype is Precision.fp32 else HALF
+    return _sums(setup) if setup.world_size == setup.train.zero_stage == 1 else HALF
+
+
+def _summed_by_zero(setup: Setup) -> bool:
+    """Whether gradients are added up by DeepSpeed's optimizer of stages 1 and 2, and not by its BF16_Optimizer."""
+    return _optimizer_is_elsewhere(setup) or _sums(setup) == HALF
 
 
 def gathered(setup: Setup) -> Parts:
@@ -83,14 +105,15 @@ def gathered(setup: Setup) -> Parts:
 
 
 def update(setup: Setup) -> Parts:
-    """Temporaries of the step: the norm in double precision, a parameter at a time; fp32 copies of bf16 sums, which
-    stage 3 makes of a sub-group at a time; and the moments that are not on the host at the time."""
+    """Temporaries of the step: the norm in double precision, a parameter at a time; bf16 sums made flat, then fp32, a
+    group of the optimizer's at a time, at stage 3 fp32 of a sub-group; and the moments that are not on the host."""
     parts: Parts = {}
     share, train = setup.shape.parameters / setup.world_size, setup.train
     if train.zero_stage >= 2:
         parts["norm"] = _DOUBLE * min(largest(setup), share)
     if train.gradient_dtype is Precision.bf16 and not _optimizer_is_elsewhere(setup):
-        parts["gradients in fp32"] = SINGLE * (min(share, SUB_GROUP) if train.zero_stage == 3 else share)
+        group = (HALF + SINGLE) * _largest_group(setup) / setup.world_size
+        parts["gradients in fp32"] = SINGLE * min(share, SUB_GROUP) if train.zero_stage == 3 else group
     if train.offload.moments:
         parts["moments"] = len(MOMENTS) * SINGLE * min(share, ROOMS * PIECE)
     return parts
@@ -118,6 +141,12 @@ def on_host(setup: Setup) -> float:
 def largest(setup: Setup) -> int:
     """Numbers of the largest parameter: the embedding, as a rule."""
     return setup.shape.hidden_size * max(setup.shape.vocab_size, setup.shape.mlp_size)
+
+
+def _largest_group(setup: Setup) -> int:
+    """Numbers of the parameters that decay, matrices of layers, or of the others (``optimizer.parameter_groups``)."""
+    decayed = setup.shape.layers * setup.shape.layer_matrix_parameters
+    return max(decayed, setup.shape.parameters - decayed)
 
 
 def _optimizer_is_elsewhere(setup: Setup) -> bool:

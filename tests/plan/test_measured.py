@@ -3,7 +3,8 @@
 Rows with a number of GPUs are of 2026-11-26, the others of 2026-11-25. Memory is what torch.cuda.max_memory_allocated
 said. A first step has no moments yet: AdamW makes them at its end. The code has changed since the first: all choices of
 a layer are routed at once, which is 3 % of memory at a million tokens, a tile of the loss or of an MLP is gone before
-the next is made, about 1 %, and MoBA's kernels are faster, up to a tenth of a step.
+the next is made, about 1 %, MoBA's kernels are faster, up to a seventh of a step, and what Ulysses exchanges is copied
+half as often, a twentieth of a step.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ def test_memory_within_five_percent(run: dict[str, Any]) -> None:
     assert peak == pytest.approx(run["allocated_bytes"], rel=0.05)
 
 
-# Segments that do not grow keep more than is in use, and how much more is luck.
-@pytest.mark.parametrize("run", [run for run in MEASURED if "fixed_segments" not in run])
+# Segments that do not grow keep more than is in use, and so does memory that is copied to the host on another stream;
+# how much more is luck.
+@pytest.mark.parametrize("run", [run for run in MEASURED if "kept_more" not in run])
 def test_the_gpu_must_have_what_was_used(run: dict[str, Any]) -> None:
     setup = planned(run)
     needed = predict_memory(setup).needed - run["first_step"] * MOMENTS * setup.shape.parameters
