@@ -38,6 +38,8 @@ def varlen(
             return dense_cuda.whole_rows(query, key, value, rows, scale)
         return varlen_full(query, key, value, cu_seqlens, max_seqlen, scale)[0]
     block_size, top_k = spec.moba
+    block_size = min(block_size, max_seqlen)  # room is made for so many tokens and choices
+    top_k = min(top_k, (max_seqlen - 1) // block_size + 1)
     choices = varlen_choose(query.detach(), key.detach(), cu_seqlens, block_size, top_k)
     bounds = cut(cu_seqlens, block_size, len(query)).bounds
     return varlen_moba(query, key, value, choices, bounds, block_size, scale)[0]

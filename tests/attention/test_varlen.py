@@ -59,6 +59,14 @@ def test_memory_grows_with_tokens_not_their_square():
     assert seen.largest < 6000 * 6000 / 10
 
 
+@pytest.mark.parametrize(("block_size", "top_k"), [(16, 10**12), (10**12, 3)])
+def test_more_than_the_longest_segment_has_takes_no_room(block_size, top_k):
+    case = Case("all", (70, 33), block_size=block_size, top_k=top_k)
+    clipped = Case("all", (70, 33), block_size=min(block_size, 70), top_k=min(top_k, 5))
+    expected = attend(reference, clipped, clipped.spec, case.tensors())
+    assert_close(attend(varlen.varlen, case, case.spec, case.tensors()), expected, 1e-5)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("block_size", [16, 90])
 def test_ranges_of_tokens_change_nothing(device, block_size, monkeypatch):
