@@ -21,7 +21,7 @@ FOLDERS = {
     "data/base_model": "3.1M parameters, context 512: what the default recipe starts from",
     "data/smollm2": "SmolLM2's tokenizer",
     "tests": "mirrors moba_train/, one file a module",
-    "docs": "the pictures of this page, and the measurement behind its first table",
+    "docs": "performance.md: every measurement; the picture above, and what lies behind the first table",
 }
 
 

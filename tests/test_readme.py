@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from moba_train import cli
@@ -36,9 +37,15 @@ def test_make_targets_and_recipes_that_it_names_exist() -> None:
         assert (ROOT / f"configs/experiment/{recipe}.yaml").is_file(), recipe
 
 
-def test_pictures_exist() -> None:
-    for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
-        assert (ROOT / picture).is_file(), picture
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_pictures_and_links_lead_somewhere(page: str) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+        place, _, heading = link.partition("#")
+        target = (ROOT / page).parent / place
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE) if heading else []
+        anchors = [re.sub(r"[^a-z0-9 -]", "", each.lower()).replace(" ", "-") for each in headings]
+        assert not heading or heading in anchors, (link, anchors)
 
 
 def write_recipe_of_your_own(folder: Path) -> None:
