@@ -35,6 +35,7 @@ def submit(environment: dict[str, str], overrides: list[str], name: str, steps: 
         [
             *(sys.executable, "-m", "moba_train", "train", *overrides, f"run.name={name}"),
             *("launch=slurm", "launch.nodes=2", "launch.processes=2", "+launch.environment.MASTER_ADDR=127.0.0.1"),
+            "+launch.slurm.options.cpus-per-task=2",
             *(f"schedule.stages.0.tokens={512 * steps}", "checkpoint.every_steps=1000"),
         ],
         env=environment,

@@ -106,6 +106,8 @@ def script(launch: LaunchConfig, resolved: Path) -> str:
             *launch.slurm.setup,
             *(f"export {key}={shlex.quote(value)}" for key, value in shared.items()),
             f"export OMP_NUM_THREADS={threads}",
+            "# Since 22.05 srun does not take it from the batch job.",
+            'if [ "$SLURM_CPUS_PER_TASK" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi',
             *_master(launch),
             "",
             f"newest() {{ ls -d {shlex.quote(str(folder))}/checkpoints/step_* 2> /dev/null | tail -n 1; }}",
