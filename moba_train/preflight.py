@@ -6,6 +6,7 @@ Runs in the command-line process, in seconds, before CUDA or a process group is 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,7 +15,7 @@ from transformers import PretrainedConfig
 
 from moba_train import checkpoint, durable, resolved
 from moba_train.attention.backends import BACKENDS, check_name, resolve
-from moba_train.config import Config, Device, LaunchConfig, LaunchKind, Resume
+from moba_train.config import AttentionKind, Config, Device, LaunchConfig, LaunchKind, Resume
 from moba_train.cost import DecoderShape
 from moba_train.data.mix import build_mix, check_mix, stage_mix
 from moba_train.data.store import TokenStore
@@ -51,6 +52,21 @@ def check_model(config: Config, schedule: Schedule) -> None:
             f"set sliding_window to null in its config.json if it is to read its whole context"
         )
     _check_tokenizer(config, model)
+
+
+def dense_stages(config: Config, schedule: Schedule) -> Iterator[str]:
+    """The stages of kind moba that read every key all the same, and why."""
+    layers = model_configuration(config.model).num_hidden_layers
+    for stage in schedule.stages:
+        if stage.kind is not AttentionKind.moba:
+            continue
+        if stage.sparsity == 0:
+            yield (
+                f"stage {stage.name} reads every key: top_k {stage.top_k} x block_size {stage.block_size} covers its "
+                f"context of {stage.context_length} tokens"
+            )
+        elif stage.full_layers == layers:
+            yield f"stage {stage.name} reads every key: full_layers {stage.full_layers} is every layer of the model"
 
 
 def _check_heads(config: Config, model: PretrainedConfig) -> None:
@@ -201,8 +217,9 @@ def check_folder(config: Config, folder: Path) -> None:
             f"{folder} was started with other settings ({'; '.join(changed[:3])}): resume with the same, or choose "
             f"another run.name"
         )
-    if not nearest.is_dir():
-        raise _unwritable(folder, f"{nearest} is a file")
+    for needed in (nearest, folder / "checkpoints", folder / "model"):  # told before the run, not at its first save
+        if needed.exists() and not needed.is_dir():
+            raise _unwritable(folder, f"{needed} is a file")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise _unwritable(folder, f"no permission in {nearest}")
 

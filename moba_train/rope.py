@@ -27,8 +27,8 @@ def rope_parameters(present: dict[str, Any], rope: RopeConfig) -> dict[str, Any]
     """transformers' ``rope_parameters`` that ``rope`` makes of the ``present`` ones.
 
     Raises:
-        ValueError: an unknown type, a scaled type without a factor of at least 1, or YaRN/llama3 without the original
-            context length.
+        ValueError: an unknown type, a base of 0 or below, a scaled type without a factor of at least 1, or YaRN/llama3
+            without the original context length.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # not needed by who only composes
 
@@ -45,6 +45,8 @@ def rope_parameters(present: dict[str, Any], rope: RopeConfig) -> dict[str, Any]
     known = sorted({"default", *ROPE_INIT_FUNCTIONS})
     if kind not in known:
         raise ValueError(f"rope.rope_type={kind} is unknown: choose from {', '.join(known)}")
+    if not parameters.get("rope_theta", 1) > 0:
+        raise ValueError(f"rope.rope_theta={parameters['rope_theta']}: must be above 0")
     if "factor" in parameters and not parameters["factor"] >= 1:
         raise ValueError(f"rope.factor={parameters['factor']}: must be at least 1 (new / original context length)")
     if kind in ("linear", "dynamic", "yarn", "llama3", "longrope") and "factor" not in parameters:

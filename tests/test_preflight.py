@@ -60,6 +60,28 @@ def test_rope_of_a_stage(tiny_config: Config) -> None:
     refuses(tiny_config, "needs rope.original_max_position_embeddings")
 
 
+def test_stages_that_read_every_key_are_told(tiny_config: Config) -> None:
+    def told() -> list[str]:
+        return list(preflight.dense_stages(tiny_config, build_schedule(tiny_config)))
+
+    assert not told()
+    stage = tiny_config.schedule.stages[0]
+    stage.attention.full_layers = 3
+    assert told() == [f"stage {stage.name} reads every key: full_layers 3 is every layer of the model"]
+    stage.attention.block_size, stage.attention.top_k = stage.context_length // 2, 2
+    (line,) = told()
+    assert line.startswith(
+        f"stage {stage.name} reads every key: top_k 2 x block_size {stage.context_length // 2} covers"
+    )
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "model"])
+def test_a_file_in_the_way_of_what_a_run_writes(tiny_config: Config, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rf"cannot be written \({tmp_path}/{name} is a file\)"):
+        preflight.check_folder(tiny_config, tmp_path)
+
+
 def test_models_that_moba_does_not_compute(tiny_config: Config) -> None:
     tiny_config.model.architecture = {"model_type": "gpt2"}
     refuses(tiny_config, "model_type gpt2 has no single rotary position embedding")

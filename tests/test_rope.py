@@ -63,6 +63,8 @@ def test_unset_fields_keep_the_models_values() -> None:
     [
         (RopeConfig(rope_type="linear"), "rope_type=linear needs rope.factor"),
         (RopeConfig(rope_type="yarm"), "rope_type=yarm is unknown: choose from .*yarn"),
+        (RopeConfig(rope_theta=0.0), r"rope_theta=0\.0: must be above 0"),
+        (RopeConfig(rope_theta=float("nan")), "rope_theta=nan: must be above 0"),
         (RopeConfig(rope_type="linear", factor=0.1), "factor=0.1: must be at least 1"),
         (RopeConfig(rope_type="linear", factor=float("nan")), "factor=nan: must be at least 1"),
         (RopeConfig(rope_type="yarn", factor=2.0), "needs rope.original_max_position_embeddings"),

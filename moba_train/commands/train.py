@@ -96,12 +96,8 @@ def run_one(config: Config) -> tuple[Path, int]:
     preflight.check_folder(config, folder)  # before the data is tokenised, which may take hours
     launch.check(config.launch)
     checkpoint.newest_whole(folder / "checkpoints")  # each process would find them all damaged, and say so
-    for stage in schedule.stages:
-        if stage.kind.value == "moba" and stage.sparsity == 0:
-            say(
-                f"warning: stage {stage.name} reads every key: top_k {stage.top_k} x block_size "
-                f"{stage.block_size} covers its context of {stage.context_length} tokens"
-            )
+    for reason in preflight.dense_stages(config, schedule):
+        say(f"warning: {reason}")
     stores = prepare_store(config.data, tokenizer_path(config.model))
     preflight.check_store(config, schedule, stores)
     with preflight.open_folder(config, folder) as claim:
