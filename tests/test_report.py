@@ -248,6 +248,7 @@ def test_rebuilt_in_place(tmp_path):
     ("name", "content", "message"),
     [
         ("resolved.yaml", "run: [", r"resolved\.yaml cannot be read: while parsing"),
+        ("result.json", "{", r"result\.json is damaged: remove it"),
         ("result.json", "{}", r"result\.json is damaged: remove it"),
         ("result.json", '{"points": []}', r"result\.json is damaged: remove it"),
     ],

@@ -30,6 +30,12 @@ def test_bounds(device, lengths, bounds, first):
     assert blocks.of_token.tolist() == expected
 
 
+def test_bounds_made_in_inference_mode_are_cut_too():
+    """Such tensors have no version, by which others are known to be as they were."""
+    with torch.inference_mode():
+        assert cut(torch.tensor([0, 10], dtype=torch.int32), 4, 10).bounds.tolist() == [0, 4, 8, 10]
+
+
 def test_every_token_has_its_block_at_random():
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
