@@ -3,8 +3,8 @@
     python -m moba_train.worker --config RUN/resolved.yaml
 
 Exit codes: 0 done; 2 the configuration, the data or a checkpoint cannot be used; 3 the loss or the gradient was not
-finite; 4 the GPU's memory does not suffice; 5 no progress within launch.timeout_minutes; 130 interrupted; 143 or 138
-saved and ended on SIGTERM or SIGUSR1; 1 anything else, a full disk among it.
+finite; 4 the GPU's memory does not suffice; 5 no progress within launch.timeout_minutes; 130 interrupted; 143, 138 or
+140 saved and ended on SIGTERM, SIGUSR1 or SIGUSR2; 1 anything else, a full disk among it.
 """
 
 from __future__ import annotations

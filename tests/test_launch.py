@@ -199,3 +199,21 @@ def test_a_signal_to_the_launcher_ends_the_process(number: signal.Signals) -> No
     launcher.send_signal(number)
     assert launcher.wait(timeout=20) == 128 + number
     assert not alive(child)
+
+
+def test_what_a_signal_did_before_it_does_once_the_processes_have_ended() -> None:
+    """As submitit's queueing again, which ends this process and with it those that are still saving."""
+    seen: list[tuple[int, int | None]] = []
+    script = "trap 'sleep 0.3; exit 140' USR2; kill -USR2 $PPID; while :; do sleep 0.05; done"
+    rank: list[supervise.Process] = []
+
+    def start() -> supervise.Process:
+        rank.append(supervise.Process("rank 0", ["bash", "-c", script], os.environ))
+        return rank[0]
+
+    previous = signal.signal(signal.SIGUSR2, lambda number, _frame: seen.append((number, rank[0].poll())))
+    try:
+        assert supervise.run([start]) == 140
+    finally:
+        signal.signal(signal.SIGUSR2, previous)
+    assert seen == [(signal.SIGUSR2, 140)]

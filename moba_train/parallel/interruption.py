@@ -1,13 +1,13 @@
-"""A polite end: on SIGTERM or SIGUSR1 a run finishes its step, saves, and ends; ``run.resume=auto`` goes on from there.
+"""A polite end: told by a signal, a run finishes its step, saves, and ends; ``run.resume=auto`` goes on from there.
 
-Schedulers send one of them before a time limit or a preemption, to some ranks or to all, once or again.
+Schedulers send SIGTERM, SIGUSR1 or SIGUSR2 before a time limit or a preemption, to some ranks or to all, once or again.
 """
 
 from __future__ import annotations
 
 import signal
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupted(Exception):

@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol
 
-from moba_train.parallel import lifetime
+from moba_train.parallel import interruption, lifetime
 
 _POLL_SECONDS = 0.05
 _KILL_SECONDS = 5.0  # from SIGHUP to SIGKILL, once one has failed
 _SAVED_SECONDS = 120.0  # for the others to end, once one has saved and ended because of a signal
 SSH_FAILED = 255  # ssh's own exit code, where it could not connect or lost the connection
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-INTERRUPTED = (128 + signal.SIGTERM, 128 + signal.SIGUSR1)  # the exit codes of a rank that saved on a signal
+FORWARDED = (signal.SIGTERM, signal.SIGINT, *interruption.SIGNALS[1:])
+INTERRUPTED = tuple(128 + number for number in interruption.SIGNALS)  # the exit codes of a rank that saved on a signal
 
 
 class Child(Protocol):
@@ -56,8 +56,9 @@ class Process:
 def run(starts: Iterable[Callable[[], Child]]) -> int:
     """Start the processes and wait for their end; when one fails, end the others.
 
-    SIGTERM, SIGINT and SIGUSR1 to this process are passed on, and waited out, so that nothing is left running; a SIGINT
-    that this process ignores, as a background job of a shell does, they are left to ignore too.
+    What ``FORWARDED`` names is passed on, and waited out, so that nothing is left running; a SIGINT that this process
+    ignores, as a background job of a shell does, they are left to ignore too. What this process did on a signal before,
+    it does at the end: submitit queues a job again so, once its run has saved.
 
     Returns:
         0, or the exit code of the first process that failed; 128 + the signal's number where a signal ended it.
@@ -81,6 +82,10 @@ def run(starts: Iterable[Callable[[], Child]]) -> int:
         _send(children, signal.SIGKILL)  # none is left, unless this process itself fails
         for number, handler in previous.items():
             signal.signal(number, handler)
+    for each in dict.fromkeys(received):
+        handler = previous[signal.Signals(each)]
+        if callable(handler) and handler is not signal.default_int_handler:
+            handler(each, None)
     return code if code >= 0 else 128 - code
 
 
