@@ -58,6 +58,16 @@ def device_peak_flops(name: str) -> float | None:
     return None
 
 
+def _own(config: Any, name: str) -> Any:
+    """A size of all layers; None where the configuration names none."""
+    try:
+        return getattr(config, name, None)
+    except (RuntimeError, NotImplementedError):  # transformers' ways to say so
+        raise ValueError(
+            f"model_type={config.model_type}: its layers have no {name} in common; use a Llama-shaped decoder"
+        ) from None
+
+
 def full_keys(lengths: ArrayLike) -> int:
     """Keys read by all queries of causal segments under full attention, one head: sum of n (n + 1) / 2."""
     n = np.asarray(lengths, dtype=np.int64)
@@ -120,9 +130,9 @@ class DecoderShape:
         if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
             raise ValueError(f"model_type={kind}: the cost of experts is not counted; use a dense decoder")
         needed = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
-        if missing := [name for name in needed if getattr(config, name, None) is None]:
+        if missing := [name for name in needed if _own(config, name) is None]:
             raise ValueError(
-                f"model_type={kind} has no {missing[0]}; use a Llama-shaped decoder (Llama, Mistral, Qwen)"
+                f"model_type={kind} has no {missing[0]} of its own; use a Llama-shaped decoder (Llama, Mistral, Qwen)"
             )
         if wrong := [name for name in needed if getattr(config, name) < 1]:
             raise ValueError(f"{wrong[0]}={getattr(config, wrong[0])} of model_type={kind}: must be at least 1")
@@ -132,8 +142,8 @@ class DecoderShape:
             layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
             heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            kv_heads=_own(config, "num_key_value_heads") or heads,
+            head_dim=_own(config, "head_dim") or config.hidden_size // heads,
             mlp_size=config.intermediate_size,
             vocab_size=config.vocab_size,
             tied=bool(config.tie_word_embeddings),

@@ -31,6 +31,8 @@ from moba_train.schedule import Schedule
 from moba_train.tracking import METRICS_FILE
 from moba_train.validate import check_slices
 
+_ATTENTION_TYPES = {"attention", "full_attention", "sliding_attention", "chunked_attention"}  # transformers' words
+
 
 def check_model(config: Config, schedule: Schedule) -> None:
     """The schedule fits the model, and the model its tokenizer.
@@ -40,12 +42,13 @@ def check_model(config: Config, schedule: Schedule) -> None:
     """
     device = _device(config.launch)
     model = model_configuration(config.model)
+    DecoderShape.from_config(model)  # the sizes that the checks below and the cost of every step are made of
+    _check_layer_types(config, model)
     _check_backend(config.attention.backend, device, schedule, model)
     refuse_changed_logits(model)
     _check_key_conv(config, model)
     _check_heads(config, model)
     _check_stages(config, schedule, model)
-    DecoderShape.from_config(model)  # the cost of every step is counted by it
     if (window := sliding_window(model)) is not None:
         raise ValueError(
             f"{config.model.name} has sliding_window={window}, which moba and full do not compute: "
@@ -67,6 +70,17 @@ def dense_stages(config: Config, schedule: Schedule) -> Iterator[str]:
             )
         elif stage.full_layers == layers:
             yield f"stage {stage.name} reads every key: full_layers {stage.full_layers} is every layer of the model"
+
+
+def _check_layer_types(config: Config, model: PretrainedConfig) -> None:
+    """Rows hold several documents, and attention alone is told where each begins."""
+    others = sorted(set(getattr(model, "layer_types", None) or ()) - _ATTENTION_TYPES)
+    if others:
+        raise ValueError(
+            f"{config.model.name} of model_type {model.model_type} has layers of type {', '.join(others)}, which would "
+            f"carry their state from one packed document into the next: use a Llama, Mistral or Qwen model whose "
+            f"layers are all attention"
+        )
 
 
 def _check_heads(config: Config, model: PretrainedConfig) -> None:

@@ -84,7 +84,16 @@ def test_a_file_in_the_way_of_what_a_run_writes(tiny_config: Config, tmp_path: P
 
 def test_models_that_moba_does_not_compute(tiny_config: Config) -> None:
     tiny_config.model.architecture = {"model_type": "gpt2"}
-    refuses(tiny_config, "model_type gpt2 has no single rotary position embedding")
+    refuses(tiny_config, "model_type=gpt2 has no intermediate_size of its own; use a Llama-shaped decoder")
+    tiny_config.model.architecture = {"model_type": "opt", "ffn_dim": 64}
+    refuses(tiny_config, "model_type=opt has no intermediate_size of its own")
+    tiny_config.model.architecture = {"model_type": "gemma3"}  # a text model within
+    refuses(tiny_config, "model_type=gemma3 has no num_hidden_layers of its own; use a Llama-shaped decoder")
+    layers = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
+    tiny_config.model.architecture = {"model_type": "lfm2", "vocab_size": 300, **layers}
+    refuses(tiny_config, "lfm2 has layers of type conv, which would carry their state from one packed document")
+    tiny_config.model.architecture = {"model_type": "gemma3_text", "vocab_size": 300}
+    refuses(tiny_config, "model_type gemma3_text has no single rotary position embedding")
     tiny_config.model.architecture = {"model_type": "mistral", "vocab_size": 300}
     refuses(tiny_config, "sliding_window=4096.*set sliding_window to null")
     tiny_config.model.architecture["sliding_window"] = None
