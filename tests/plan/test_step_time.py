@@ -74,3 +74,13 @@ def test_what_zero_moves() -> None:
         size = 2 * setup.shape.parameters
         moved[stage] = (communication.pass_bytes(setup) / size, communication.step_bytes(setup) / size)
     assert moved == {1: (0, 3), 2: (1, 1), 3: (3, 0)}
+
+
+def test_what_ulysses_exchanges() -> None:
+    """Of a layer and 32,768 tokens on each of two ranks: half goes to the other, and all is copied once."""
+    alone, shared = (across(1, sequence_parallel_size=size) for size in (1, 2))
+    assert communication.exchange_seconds(alone, H200) == 0
+    token = 2 * (2 * 32 + 2 * 8) * 128  # bytes of queries and output, keys and values
+    size = 32768 * token
+    expected = size / 2 / (208.8e9) + 2 * size / (H200.hbm_gbs * 1e9)
+    assert communication.exchange_seconds(shared, H200) == pytest.approx(expected)
