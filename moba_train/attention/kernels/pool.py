@@ -1,6 +1,8 @@
 """Mean key of every block, in two terms.
 
-One program a (block, kv head) sums the block's keys in fp32, POOL_TOKENS at a time. The mean leaves as high + low, both
+One program a (block, kv head) sums the block's keys in fp32, a tile at a time, while the next one is on its way. A
+short block is little to bring, so many small programs share a multiprocessor; a token's kv heads are read side by side,
+since they lie so. The mean leaves as high + low, both
 in the keys' half-precision type: high is the mean rounded, low what the rounding lost, so two tensor-core products give
 gate scores to about 2^-17 (bf16) of the mean, near what fp32 would give.
 
@@ -15,7 +17,17 @@ from torch import Tensor
 from moba_train.attention.blocks import Blocks
 from moba_train.attention.kernels.rows import NUMBERS
 
-POOL_TOKENS = 64
+LONG_BLOCK = 1024  # tokens
+SHORT_TILE = (32, 2)  # tokens, warps
+LONG_TILE = (64, 4)
+
+
+@triton.jit
+def _load_keys(p_key, n_token, n_stop, i_kv, K, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr):
+    """(BLOCK_T, BLOCK_D), zero from token n_stop on."""
+    o_token, o_d = n_token + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
+    p_keys = p_key + (o_token.to(tl.int64) * K + i_kv)[:, None] * D + o_d[None, :]
+    return tl.load(p_keys, mask=(o_token < n_stop)[:, None] & (o_d < D)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -30,17 +42,17 @@ def _pool_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    i_block, i_kv = tl.program_id(0), tl.program_id(1)
+    i_block, i_kv = tl.program_id(0) // K, tl.program_id(0) % K
     n_start = tl.load(p_bounds + i_block)
     n_stop = tl.load(p_bounds + i_block + 1)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     b_sum = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
+    b_keys = _load_keys(p_key, n_start, n_stop, i_kv, K, D, BLOCK_D, BLOCK_T)
     for n_token in range(n_start, n_stop, BLOCK_T):
-        # (BLOCK_T, BLOCK_D)
-        o_token = n_token + tl.arange(0, BLOCK_T)
-        p_keys = p_key + (o_token.to(tl.int64) * K + i_kv)[:, None] * D + o_d[None, :]
-        b_sum += tl.load(p_keys, mask=(o_token < n_stop)[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+        b_next = _load_keys(p_key, n_token + BLOCK_T, n_stop, i_kv, K, D, BLOCK_D, BLOCK_T)
+        b_sum += b_keys.to(tl.float32)
+        b_keys = b_next
     # An unused block has no keys; its mean is 0, and no query may choose it.
     b_mean = tl.sum(b_sum, 0) / tl.maximum(n_stop - n_start, 1).to(tl.float32)
     b_high = b_mean.to(p_high.dtype.element_ty)
@@ -61,7 +73,8 @@ def pool(key: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
     count = len(blocks.first)
     high = torch.empty(kv_heads, count, head_dim, dtype=key.dtype, device=key.device)
     low = torch.empty_like(high)
-    _pool_kernel[(count, kv_heads)](
+    tile, warps = LONG_TILE if len(key) >= LONG_BLOCK * count else SHORT_TILE
+    _pool_kernel[(count * kv_heads,)](
         key,
         blocks.bounds,
         high,
@@ -70,6 +83,7 @@ def pool(key: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
         kv_heads,
         D=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_T=POOL_TOKENS,
+        BLOCK_T=tile,
+        num_warps=warps,
     )
     return high, low
