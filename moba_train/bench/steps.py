@@ -18,6 +18,7 @@ KERNELS = {  # step -> how the names of its kernels start
     "pool": ("_pool_kernel",),
     "select": ("_select_kernel", "select_hopper_"),
     "route": (
+        "route_",
         "_rank_kernel",
         "_total_kernel",
         "_place_kernel",

@@ -160,7 +160,7 @@ def random_choices(lengths, block_size: int, shape, gaps: bool):
         ((1, 1, 2), 16, (2, 2, 2), {}),  # no choices at all
         ((33,), 16, (1, 1, 1), {"PART_ENTRIES": 1}),  # as many parts as tokens
         ((300,), 16, (2, 2, 5), {"MOST_COUNTERS": 1}),  # one part
-        ((700, 20), 128, (1, 4, 4), {"PART_ENTRIES": 500, "SHORT_RANKS": 0}),
+        ((700, 20), 128, (1, 4, 4), {"PART_ENTRIES": 500, "SHORT_COUNTS": 0}),
         ((300,), 16, (1, 1, 15), {"RANK_PROGRAMS": 7}),
         ((2500,), 16, (1, 1, 1), {"PLACE_TOTALS": 64, "PART_ENTRIES": 2000}),  # more blocks than any program has
     ],
@@ -209,7 +209,8 @@ def test_chunks_change_nothing(monkeypatch, block_size):
     op, plan, route = modules()
     case = Case("chunks", (9 + 10 * 16,) if block_size == 16 else (300,), 2, 2, block_size=block_size, top_k=2)
     tensors = case.tensors(DEVICE, DTYPE)
-    monkeypatch.setattr(route, "PART_ENTRIES", 64)
+    for name in ("PART_ENTRIES", "SORT_ENTRIES"):
+        monkeypatch.setattr(route, name, 64)
     whole = attend(op.triton_attention, case, case.spec, tensors)
     monkeypatch.setattr(plan, "WORKSPACE_FLOOR", 0)
     monkeypatch.setattr(plan, "WORKSPACE_SHARE", 0.02)

@@ -67,7 +67,7 @@ def test_times_go_to_their_steps() -> None:
     work = must_do(CASES["c32k"], 1)
     times = {
         "_rank_kernel": 1.0,
-        "_scatter_kernel": 2.0,
+        "route_fill_hopper_kernel": 2.0,
         "merge_kernel": 1.0,
         "merge_hopper_kernel": 2.0,
         "merge_query_hopper_kernel": 4.0,

@@ -16,8 +16,8 @@ import triton
 from torch import Tensor
 
 from moba_train.attention.blocks import Blocks
+from moba_train.attention.kernels.lists import Lists
 from moba_train.attention.kernels.plan import Chunk, Config, Sizes, chunk_size, configs, shared_memory, sizes_of
-from moba_train.attention.kernels.route import Lists
 from moba_train.attention.kernels.rows import LOG2_E
 from moba_train.attention.kernels.tiles import tile
 
@@ -121,12 +121,15 @@ def hopper_kernels(block_size: int, *tensors: Tensor) -> Any:
 
 def on_hopper(*tensors: Tensor) -> Any:
     """The package of kernels for Hopper; None elsewhere, and for tensors that the copy engine cannot read."""
-    device = tensors[0].device
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+    if not is_hopper(tensors[0].device):
         return None
     if any(tensor.data_ptr() % 16 for tensor in tensors):
         return None
     return _gluon_kernels()
+
+
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @cache

@@ -14,8 +14,8 @@ from torch import Tensor
 from moba_train.attention.blocks import Blocks
 from moba_train.attention.kernels import backward
 from moba_train.attention.kernels.call import Call
+from moba_train.attention.kernels.lists import Lists
 from moba_train.attention.kernels.plan import FOLD_STAGES, Chunk, chunk_size
-from moba_train.attention.kernels.route import Lists
 from moba_train.attention.kernels.rows import LOG2_E
 from moba_train.attention.kernels.tiles import tile
 

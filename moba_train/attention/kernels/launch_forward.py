@@ -12,8 +12,8 @@ from torch import Tensor
 from moba_train.attention.blocks import Blocks
 from moba_train.attention.kernels import forward, merge
 from moba_train.attention.kernels.call import Call
+from moba_train.attention.kernels.lists import Lists
 from moba_train.attention.kernels.plan import FOLD_STAGES, Chunk
-from moba_train.attention.kernels.route import Lists
 
 
 def attend(

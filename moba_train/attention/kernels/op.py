@@ -17,8 +17,9 @@ from torch import Tensor
 from moba_train.attention.blocks import Blocks, cut
 from moba_train.attention.keeping import ATTENTION, CHOICES, keep
 from moba_train.attention.kernels import launch_backward, launch_forward
+from moba_train.attention.kernels.lists import Lists
 from moba_train.attention.kernels.pool import pool
-from moba_train.attention.kernels.route import Lists, parts_of
+from moba_train.attention.kernels.route import parts_of
 from moba_train.attention.kernels.route import route as make_lists
 from moba_train.attention.kernels.select import choice_type, select
 from moba_train.attention.spec import AttentionSpec, check_scale
@@ -66,7 +67,7 @@ def route(choices: Tensor, bounds: Tensor, first: Tensor, of_token: Tensor) -> t
 @route.register_fake
 def _(choices: Tensor, bounds: Tensor, first: Tensor, of_token: Tensor) -> tuple[Tensor, Tensor]:
     kv_heads, tokens, group, choose = choices.shape
-    parts = parts_of(tokens, kv_heads, group * choose, len(first))[0] if choose else 0
+    parts = parts_of(tokens, kv_heads, group * choose, len(first), choices.device)[0] if choose else 0
     shape = (kv_heads, parts + 1, len(first)) if choose else (0,)
     entries, offsets = (choices.new_empty(size, dtype=torch.int32) for size in (choices.numel(), shape))
     return entries, offsets

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moba_train.attention.kernels.route import Lists
+from moba_train.attention.kernels.lists import Lists
 
 WORKSPACE_SHARE = 0.5  # of the bytes of query, key, value, out and their gradients
 WORKSPACE_FLOOR = 64 << 20  # bytes that are never worth a second chunk

@@ -12,13 +12,15 @@ scatter  an entry's place is its part's and block's plus its rank. Entries know 
          other, and programs run in the order of the kv heads: those whose lists are being written fit the L2, which
          the 4 bytes of an entry would otherwise leave as a sector of 32. Bytes: choices and ranks read, 4 written.
 
+On Hopper ``hopper.route`` stands in for the first and the last, if it has room for a part.
+
 So a list holds its entries in ascending order whatever runs first: the order in which dK and dV are summed, and their
 bits, never change.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -26,65 +28,54 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_train.attention.blocks import Blocks
+from moba_train.attention.kernels.call import is_hopper, on_hopper
+from moba_train.attention.kernels.lists import Lists
 from moba_train.attention.kernels.rows import NUMBERS
 
 RANK_ENTRIES = 32
 RANK_PROGRAMS = 3072  # enough to fill a GPU with walks of one warp
 PART_ENTRIES = 512  # at least, of a walk
 MOST_COUNTERS = 1 << 23  # 16 MiB, 128 KiB a multiprocessor: a walk's stay in L1
+SORT_PROGRAMS = 2048  # of parts that are sorted: the longer one is, the longer the runs of entries that it writes
+SORT_ENTRIES = 4096  # at least, of a part that is sorted
+SORT_NUMBERS = 215 << 8  # of 4 bytes in Hopper's shared memory: counters of blocks by warp, and one for each entry
+SORT_LEAST = 1 << 14  # entries; less leaves no runs
 PLACE_BLOCKS = 32
 PLACE_PARTS = 128
 PLACE_TOTALS = 1024
 PLACE_WARPS = 8
 SCATTER_ENTRIES = 2048
 SCATTER_WARPS = 8
-SHORT_RANKS = 1 << 16  # ranks below it take 2 bytes
+SHORT_COUNTS = 1 << 16  # counters and ranks below it take 2 bytes
 
 
-@dataclass(frozen=True)
-class Lists:
-    """Who chose each block, for some kv heads.
-
-    Attributes:
-        entries: (K * W * R,) int32; the entries e = w * R + r of each kv head, by (kv head, block), ascending. Those of
-            kv head k start at k * W * R; where queries chose fewer than R blocks, the rest of its room stays unwritten.
-        offsets: (kv_heads, P + 1, N) int32; the list of kv head k and block n is ``entries[offsets[k, 0, n] :
-            offsets[k, P, n]]``, and the part of it whose queries lie in part p ``[offsets[k, p, n] :
-            offsets[k, p + 1, n]]``.
-        part_tokens: tokens of a part.
-    """
-
-    entries: Tensor
-    offsets: Tensor
-    part_tokens: int
-
-    @property
-    def blocks(self) -> int:
-        """N."""
-        return self.offsets.shape[2]
-
-    @property
-    def parts(self) -> int:
-        """P."""
-        return self.offsets.shape[1] - 1
-
-    def of(self, kv_start: int, kv_heads: int) -> Lists:
-        """The lists of some kv heads."""
-        return replace(self, offsets=self.offsets[kv_start : kv_start + kv_heads])
+def sorting(blocks: int) -> tuple[int, int, int]:
+    """(warps, counters of a warp, entries at most) of a program of ``hopper.route`` that sorts a part; no warps where
+    the counters of so many blocks leave no room for the entries."""
+    counters = max(256, triton.next_power_of_2(blocks))
+    for warps in (8, 4):
+        entries = SORT_NUMBERS - warps * counters
+        if entries >= SORT_LEAST:
+            return warps, counters, entries
+    return 0, counters, 0
 
 
-def parts_of(tokens: int, kv_heads: int, per_token: int, blocks: int) -> tuple[int, int]:
+def parts_of(tokens: int, kv_heads: int, per_token: int, blocks: int, device: torch.device) -> tuple[int, int]:
     """(P, tokens of a part).
 
     Args:
         per_token: entries of a token and kv head.
         blocks: N.
+        device: where the lists are made.
     """
-    parts = min(
-        triton.cdiv(RANK_PROGRAMS, kv_heads),
-        triton.cdiv(tokens * per_token, PART_ENTRIES),
-        max(1, MOST_COUNTERS // (kv_heads * blocks)),
-    )
+    room = sorting(blocks)[2] - per_token if is_hopper(device) else 0
+    entries = tokens * per_token
+    if room > per_token:
+        parts = min(triton.cdiv(SORT_PROGRAMS, kv_heads), triton.cdiv(entries, SORT_ENTRIES))
+        parts = max(parts, triton.cdiv(entries, room))
+    else:
+        most = max(1, MOST_COUNTERS // (kv_heads * blocks))
+        parts = min(triton.cdiv(RANK_PROGRAMS, kv_heads), triton.cdiv(entries, PART_ENTRIES), most)
     part_tokens = triton.cdiv(tokens, parts)
     return triton.cdiv(tokens, part_tokens), part_tokens
 
@@ -225,6 +216,26 @@ def _scatter_kernel(
     tl.store(p_entry + b_offset + b_rank, o_entry, mask=b_block >= 0)
 
 
+def _sum_up(counts: Tensor, rows: int, choose: int) -> Tensor:
+    """The offsets of ``Lists`` that the counters (K, P, N) make."""
+    kv_heads, parts, count = counts.shape
+    offsets, totals = (
+        torch.empty(kv_heads, *shape, dtype=torch.int32, device=counts.device)
+        for shape in ((parts + 1, count), (count,))
+    )
+    columns = dict(BLOCK_N=PLACE_BLOCKS, BLOCK_P=PLACE_PARTS, num_warps=PLACE_WARPS)
+    grid = (triton.cdiv(count, PLACE_BLOCKS), kv_heads)
+    _total_kernel[grid](counts, totals, count, parts, **columns)
+    _place_kernel[grid](counts, totals, offsets, rows, count, parts, R=choose, BLOCK_T=PLACE_TOTALS, **columns)
+    return offsets
+
+
+def _tuned(choices: Tensor, blocks: int, entries: int) -> Any:
+    """``route`` of the package for Hopper, if it is there and serves N blocks and a part's entries."""
+    package = on_hopper(choices)
+    return package.route if package is not None and package.route.serves(blocks, entries) else None
+
+
 def route(choices: Tensor, blocks: Blocks) -> Lists:
     """Make the lists.
 
@@ -235,26 +246,27 @@ def route(choices: Tensor, blocks: Blocks) -> Lists:
     kv_heads, tokens, group, choose = choices.shape
     device, count = choices.device, len(blocks.first)
     per_token = group * choose
-    parts, part_tokens = parts_of(tokens, kv_heads, per_token, count)
+    parts, part_tokens = parts_of(tokens, kv_heads, per_token, count, device)
     sizes = dict(R=choose, GR=per_token, NONE=torch.iinfo(choices.dtype).max)
     numbers = (tokens * group, count, parts, part_tokens * per_token)
-    named = (choices, blocks.first, blocks.of_token)
+    named, tuned = (choices, blocks.first, blocks.of_token), _tuned(choices, count, part_tokens * per_token)
 
-    rank_type = torch.uint16 if part_tokens * group < SHORT_RANKS else torch.int32
-    counts = torch.empty(kv_heads, parts, count, dtype=rank_type, device=device)
-    ranks = torch.empty(kv_heads, tokens * per_token, dtype=rank_type, device=device)
-    _rank_kernel[(parts, kv_heads)](
-        *named, counts, ranks, *numbers, **sizes, BLOCK_E=RANK_ENTRIES, BLOCK_N=256, num_warps=1
-    )
-    offsets = torch.empty(kv_heads, parts + 1, count, dtype=torch.int32, device=device)
-    totals = torch.empty(kv_heads, count, dtype=torch.int32, device=device)
-    columns = dict(BLOCK_N=PLACE_BLOCKS, BLOCK_P=PLACE_PARTS, num_warps=PLACE_WARPS)
-    grid = (triton.cdiv(count, PLACE_BLOCKS), kv_heads)
-    _total_kernel[grid](counts, totals, count, parts, **columns)
-    _place_kernel[grid](counts, totals, offsets, *numbers[:3], R=choose, BLOCK_T=PLACE_TOTALS, **columns)
+    count_type = torch.uint16 if part_tokens * group < SHORT_COUNTS else torch.int32
+    counts = torch.empty(kv_heads, parts, count, dtype=count_type, device=device)
+    if tuned is not None:
+        tuned.count(choices, blocks, counts, *numbers, **sizes)
+    else:
+        ranks = torch.empty(kv_heads, tokens * per_token, dtype=count_type, device=device)
+        _rank_kernel[(parts, kv_heads)](
+            *named, counts, ranks, *numbers, **sizes, BLOCK_E=RANK_ENTRIES, BLOCK_N=256, num_warps=1
+        )
+    offsets = _sum_up(counts, tokens * group, choose)
     entries = torch.empty(kv_heads * tokens * per_token, dtype=torch.int32, device=device)
-    tiles = triton.cdiv(part_tokens * per_token, SCATTER_ENTRIES)
-    _scatter_kernel[(parts * tiles, kv_heads)](
-        *named, offsets, ranks, entries, *numbers, tiles, **sizes, BLOCK_E=SCATTER_ENTRIES, num_warps=SCATTER_WARPS
-    )
+    if tuned is not None:
+        tuned.fill(choices, blocks, offsets, entries, *numbers, **sizes)
+    else:
+        tiles = triton.cdiv(part_tokens * per_token, SCATTER_ENTRIES)
+        _scatter_kernel[(parts * tiles, kv_heads)](
+            *named, offsets, ranks, entries, *numbers, tiles, **sizes, BLOCK_E=SCATTER_ENTRIES, num_warps=SCATTER_WARPS
+        )
     return Lists(entries, offsets, part_tokens)

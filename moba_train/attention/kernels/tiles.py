@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moba_train.attention.kernels.route import Lists
+from moba_train.attention.kernels.lists import Lists
 from moba_train.attention.kernels.rows import NUMBERS
 
 TILE_LISTS = 4096

@@ -7,13 +7,15 @@ key_value   ``key_value``, with and without the entries' dQ; its warpgroups in `
 select      ``select``
 best        its lists of best pairs
 lanes       what one lane does alone
+route       ``route``'s counting, and its lists' filling
+scratch     the shared memory that it sorts in
 own_forward ``merge``
 own_query   ``merge_query``
 own         what these two share
 shared      what they share
 
 Each sums the same products as the Triton kernel that it is named after, in tiles of its own, and takes its arguments;
-``select`` makes the same choices.
+``select`` makes the same choices, ``route`` the same lists.
 """
 
 from moba_train.attention.kernels.hopper import (
@@ -24,7 +26,8 @@ from moba_train.attention.kernels.hopper import (
     own_query,
     query,
     resident,
+    route,
     select,
 )
 
-__all__ = ["forward", "key_value", "own", "own_forward", "own_query", "query", "resident", "select"]
+__all__ = ["forward", "key_value", "own", "own_forward", "own_query", "query", "resident", "route", "select"]

@@ -85,6 +85,19 @@ def read_four(s_fours, i_four):
 
 
 @gluon.jit
+def numbers(b_four):
+    """Those of (1, 4) floats."""
+    return _number(b_four, 0), _number(b_four, 1), _number(b_four, 2), _number(b_four, 3)
+
+
+@gluon.jit
+def _number(b_four, I_NUMBER: gl.constexpr):
+    m_number = gl.arange(0, 4, gl.SliceLayout(0, b_four.type.layout)) == I_NUMBER
+    bits = gl.where(m_number[None, :], b_four.to(gl.int32, bitcast=True), 0)
+    return gl.sum(gl.sum(bits, 1), 0).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
 def write(s_numbers, i_number, number):
     """Into (numbers, 1, 1)."""
     ONE: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [4, 1], [1, 0])
