@@ -6,6 +6,7 @@ query       ``routed_query``; at head_dim 64 by ``query_narrow``, with which it 
 key_value   ``key_value``, with and without the entries' dQ; its warpgroups in ``key_value_sums``
 select      ``select``
 best        its lists of best pairs
+hits        the scores that go into them
 lanes       what one lane does alone
 route       ``route``'s counting, and its lists' filling
 scratch     the shared memory that it sorts in

@@ -3,16 +3,18 @@
 A program runs through items of 4 x 64 rows of one kv head. Four warps have the copy engine bring the representatives,
 BLOCK_N blocks at a time. Four warpgroups own 64 rows of an item each, and two neighbouring lanes a row: either keeps
 the R best pairs of the blocks it sees, 4 of every 8. Few scores of a tile are among the R best of their row so far:
-the hits. A warpgroup puts a tile's scores into shared memory and goes on to the product of the next one. While that
-runs, lanes compare their scores with the row's R-th best, which gives a mask of hits, and insert these one at a time,
-as often as the busiest lane of the warp asks for: about three times a tile, in long segments. In a tile of many hits,
-such as the first, those are left out that are not among the 8 best of the tile.
+the hits. A warpgroup puts a tile's scores into shared memory and goes on to the product of the next one, of the next
+item after the last: its queries were copied while this item was worked on. While the product runs, lanes compare their
+scores with the row's R-th best, which gives a mask of hits, and insert these one at a time, as often as the busiest
+lane of the warp asks for: about three times a tile, in long segments. In a tile of many hits, such as the first, those
+are left out that R others exceed, as far as the best ones of 16 groups of scores tell. Where a row has R blocks or
+fewer, no score matters.
 
 Ties go to the earlier block: a lane sees its blocks in order, and what equals the R-th best is no hit. So choices are
 those of the Triton kernel, bit by bit, also where scores are infinite or no numbers.
 
-Work: 2 products of 2 x D operations for each (query, earlier block), about 2 instructions a score and 6 x R an
-insertion. Bytes: queries once, representatives from L2 once for 256 rows, R small integers written a query.
+Work: 2 products of 2 x D operations for each (query, earlier block), about 2 instructions a score, 6 x R an insertion
+and 40 x R a row. Bytes: queries once, representatives from L2 once for 256 rows, R small integers written a query.
 """
 
 from typing import Any
@@ -21,6 +23,7 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -30,14 +33,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moba_train.attention.blocks import Blocks
 from moba_train.attention.kernels.hopper import best, lanes
+from moba_train.attention.kernels.hopper.hits import FIRST, insert_hits
 from moba_train.attention.kernels.hopper.shared import (
     HALF,
     barriers,
     copy_tile,
     described,
-    load_rows,
+    gather,
     programs,
     reinterpret,
+    thread_barrier,
 )
 from moba_train.attention.kernels.plan import Config
 from moba_train.attention.kernels.rows import NUMBERS
@@ -46,66 +51,6 @@ TILING = Config(rows=256, keys=64, warps=4, stages=3)  # keys: blocks
 HEAD_DIMS = (64, 128)
 MOST_CHOICES = 16
 ROWS: gl.constexpr = gl.constexpr(TILING.rows)
-MANY: gl.constexpr = gl.constexpr(14)  # hits of a lane: from here on it pays to leave some out
-# A lane's mask has column 8 a + 4 * (second lane) + b of a tile, b < 4, in bit 31 - 4 a - b: its first one on top. What
-# ``_column`` makes of a bit is the column but for an exclusive or with FIRST, and the lane's 4.
-FIRST: gl.constexpr = gl.constexpr(0x3B)
-
-
-@gluon.jit
-def _column(i_bit):
-    return i_bit + (i_bit & 28)
-
-
-@gluon.jit
-def _columns_before(n_column, i_half):
-    """How many of a lane's columns are before column n_column of a tile."""
-    n_column = gl.minimum(gl.maximum(n_column, 0), 64)
-    return n_column // 8 * 4 + gl.minimum(gl.maximum(n_column % 8 - 4 * i_half, 0), 4)
-
-
-@gluon.jit
-def _compare(b_scores, bound, COMPARE: gl.constexpr):
-    """1.0 or 0.0: what is multiplied and added runs at twice the rate of what is chosen."""
-    return gl.inline_asm_elementwise(
-        "set." + COMPARE + ".f32.f32 $0, $1, $2;", "=f,f,f", [b_scores, bound], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _mask(s_fours, o_lane, bound, COMPARE: gl.constexpr):
-    """A lane's scores that are better than the bound ("gt"), or as good ("ge")."""
-    o_fours = (lanes.after_others(o_lane) ^ FIRST) // 4
-    mask = 0
-    for i_part in gl.static_range(2):  # a float has bits for half of them
-        b_bits = _compare(lanes.read_four(s_fours, o_fours ^ 8 * i_part), bound, COMPARE)
-        for i_four in gl.static_range(1, 4):
-            b_four = lanes.read_four(s_fours, o_fours ^ 2 * (4 * i_part + i_four))
-            b_bits = b_bits * 16.0 + _compare(b_four, bound, COMPARE)
-        o_bit = 3 - gl.arange(0, 4, gl.SliceLayout(0, b_bits.type.layout))
-        part = gl.max(gl.sum(b_bits * (1 << o_bit).to(gl.float32)[None, :], 1), 0)
-        mask = mask * 65536 + part.to(gl.int32)
-    return mask
-
-
-@gluon.jit
-def _eighth(s_fours, o_lane, LOWEST: gl.constexpr):
-    """A score that 8 of a row's scores of a tile equal or exceed: of the best ones of eight groups, the worst."""
-    o_fours = (lanes.after_others(o_lane) ^ FIRST) // 4
-    b_best = gl.maximum(lanes.read_four(s_fours, o_fours), LOWEST)
-    for i_four in gl.static_range(1, 8):
-        b_best = gl.maximum(b_best, lanes.read_four(s_fours, o_fours ^ 2 * i_four))
-    worst = gl.min(gl.min(b_best, 1), 0)
-    return gl.minimum(worst, lanes.neighbour(worst))
-
-
-@gluon.jit
-def _next(s_score, o_lane, mask):
-    """A lane's first hit: its score, -inf if there is none, its column, and the other hits."""
-    i_bit, rest = lanes.take_bit(mask)
-    i_column = _column(i_bit)
-    score = gl.where(mask != 0, lanes.read(s_score, i_column ^ o_lane), -float("inf"))
-    return score, i_column, rest
 
 
 @gluon.jit
@@ -118,13 +63,19 @@ def _multiply(b_query, s_high, s_low, full, i_ring, m_tile, b_product, STAGES: g
 
 
 @gluon.jit
-def _item(i_item, p_first, p_of_token, T, G: gl.constexpr, BLOCK_N: gl.constexpr):
-    """kv head, first row, first block and number of tiles. The last rows come first: they have most blocks."""
+def _rows(i_item, T, G: gl.constexpr):
+    """An item's kv head and first row. The last rows come first: they have most blocks."""
     n_row_tiles = (T * G + ROWS - 1) // ROWS
-    n_row = (n_row_tiles - 1 - i_item % n_row_tiles) * ROWS
+    return i_item // n_row_tiles, (n_row_tiles - 1 - i_item % n_row_tiles) * ROWS
+
+
+@gluon.jit
+def _item(i_item, p_first, p_of_token, T, G: gl.constexpr, BLOCK_N: gl.constexpr):
+    """kv head, first row, first block and number of tiles, at least one."""
+    i_kv, n_row = _rows(i_item, T, G)
     n_start = gl.load(p_first + gl.load(p_of_token + n_row // G))
     n_stop = gl.load(p_of_token + gl.minimum(n_row + ROWS - 1, T * G - 1) // G)
-    return i_item // n_row_tiles, n_row, n_start, lanes.uniform((n_stop - n_start + BLOCK_N - 1) // BLOCK_N)
+    return i_kv, n_row, n_start, lanes.uniform(gl.maximum((n_stop - n_start + BLOCK_N - 1) // BLOCK_N, 1))
 
 
 @gluon.jit
@@ -144,17 +95,41 @@ def _store_choices(p_choice, s_rows, choices, n_row, i_kv, i_thread, T, G: gl.co
 
 
 @gluon.jit
+def _bring_queries(p_query, s_queries, i_item, T, K, I_GROUP: gl.constexpr, G: gl.constexpr, D: gl.constexpr):
+    """Have HALF rows (HALF, D) of an item brought; of the last one where there is none."""
+    QUERIES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    i_kv, n_row = _rows(gl.minimum(i_item, (T * G + ROWS - 1) // ROWS * K - 1), T, G)
+    n_row = gl.minimum(n_row + I_GROUP * HALF, T * G - 1)
+    p_query += (n_row // G).to(gl.int64) * K * G * D + i_kv * G * D
+    i_row = n_row % G + gl.minimum(gl.arange(0, HALF, gl.SliceLayout(1, QUERIES)), T * G - 1 - n_row)
+    o_query = (i_row // G * K * G + i_row % G)[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, QUERIES))[None, :]
+    gather(s_queries, p_query + o_query)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _take_queries(p_query, s_queries, i_next, T, K, I_GROUP: gl.constexpr, G: gl.constexpr, D: gl.constexpr):
+    """The rows that were brought, in registers, and item i_next's on their way."""
+    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    async_copy.wait_group(0)
+    thread_barrier()
+    b_query = s_queries.load(gl.DotOperandLayout(0, PRODUCT, 2))
+    thread_barrier()
+    _bring_queries(p_query, s_queries, i_next, T, K, I_GROUP, G, D)
+    return b_query
+
+
+@gluon.jit
 def _choose(
-    p_query, p_first, p_of_token, p_choice, s_shared, s_high, s_low, full, free, T, K, I_GROUP: gl.constexpr,
+    p_query, p_first, p_of_token, p_choice, s_query, s_shared, s_high, s_low, full, free, T, K, I_GROUP: gl.constexpr,
     G: gl.constexpr, R: gl.constexpr, NONE: gl.constexpr, LOWEST: gl.constexpr, D: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: HALF rows of every item. Past the last row it repeats, and is not stored."""
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    QUERIES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    s_rows = s_shared.index(I_GROUP)  # an item's queries, its tiles of scores and its choices, in turn
-    s_queries = reinterpret(s_rows, p_query.dtype.element_ty, [HALF, D], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    s_rows = s_shared.index(I_GROUP)  # an item's tiles of scores and its choices, in turn
+    s_queries = s_query.index(I_GROUP)
     s_score = reinterpret(s_rows, gl.float32, [HALF * BLOCK_N, 1, 1], PLAIN)
     s_fours = reinterpret(s_rows, gl.float32, [HALF * BLOCK_N // 4, 1, 4], PLAIN)
     i_thread = lanes.thread()
@@ -162,44 +137,49 @@ def _choose(
     # A lane's scores lie here, once ``_column`` is brought in by an exclusive or.
     o_lane = i_row * BLOCK_N + i_half * 4 ^ i_row % 4 * 8 ^ FIRST
     n_last = T * G - 1
+    n_items = lanes.uniform((T * G + ROWS - 1) // ROWS * K)
     n_ring = 0
-    for i_item in range(gl.program_id(0), lanes.uniform((T * G + ROWS - 1) // ROWS * K), gl.num_programs(0)):
+    _bring_queries(p_query, s_queries, gl.program_id(0), T, K, I_GROUP, G, D)
+    b_query = _take_queries(p_query, s_queries, gl.program_id(0) + gl.num_programs(0), T, K, I_GROUP, G, D)
+    b_product = gl.zeros([HALF, BLOCK_N], gl.float32, PRODUCT)
+    b_product = _multiply(b_query, s_high, s_low, full, 0, n_items > 0, b_product, STAGES)
+    b_product = warpgroup_mma_wait(0, deps=[b_product])
+    for i_item in range(gl.program_id(0), n_items, gl.num_programs(0)):
         i_kv, n_row, n_start, n_tiles = _item(i_item, p_first, p_of_token, T, G, BLOCK_N)
         n_ring = lanes.uniform(n_ring)
         n_row += I_GROUP * HALF
-        o_query = gl.minimum(n_row + gl.arange(0, HALF, gl.SliceLayout(1, QUERIES)), n_last)
-        load_rows(p_query, o_query, i_kv, s_queries, K, G, D, QUERIES)
+        i_next = i_item + gl.num_programs(0)
         # From n_shared to i_own_low every row may choose every block: no mask there.
         i_own_low = lanes.uniform(gl.load(p_of_token + gl.minimum(n_row, n_last) // G))
         n_shared = lanes.uniform(gl.load(p_first + gl.load(p_of_token + gl.minimum(n_row + HALF - 1, n_last) // G)))
         i_own = gl.load(p_of_token + gl.minimum(n_row + i_row, n_last) // G)
         i_first = gl.load(p_first + i_own)
-        b_query = s_queries.load(gl.DotOperandLayout(0, PRODUCT, 2))
-        b_product = gl.zeros([HALF, BLOCK_N], gl.float32, PRODUCT)
-        b_product = _multiply(b_query, s_high, s_low, full, n_ring, n_tiles > 0, b_product, STAGES)
+        i_stop = gl.where(i_own - i_first > R, i_own, i_first)  # of R blocks or fewer it has all, whatever the scores
         scores, blocks = best.none(R, LOWEST)
         worst = LOWEST
-        for i_tile in range(n_tiles):
-            i_ring, n_block = n_ring + i_tile, n_start + i_tile * BLOCK_N
-            b_product = warpgroup_mma_wait(0, deps=[b_product])
+        for i_tile in range(n_tiles - 1):
             s_rows.store(b_product)
-            mbarrier.arrive(free.index(i_ring % STAGES), count=1)
-            b_product = _multiply(b_query, s_high, s_low, full, i_ring + 1, i_tile + 1 < n_tiles, b_product, STAGES)
-            mask = _mask(s_fours, o_lane, worst, "gt")
-            if (n_block < n_shared) | (n_block + BLOCK_N > i_own_low):
-                mask &= lanes.bits_from(_columns_before(i_first - n_block, i_half))
-                mask &= ~lanes.bits_from(_columns_before(i_own - n_block, i_half))
-            elif R <= 8 and lanes.in_any(lanes.count_bits(mask) > MANY):
-                mask &= _mask(s_fours, o_lane, _eighth(s_fours, o_lane, LOWEST), "ge")
-            while lanes.in_any(mask):
-                score, i_column, mask = _next(s_score, o_lane, mask)
-                scores, blocks = best.insert(scores, blocks, score, i_tile * BLOCK_N + i_column, R)
-            worst = best.row_worst(scores, R)
-        warpgroup_mma_wait(0, deps=[b_product])
+            mbarrier.arrive(free.index((n_ring + i_tile) % STAGES), count=1)
+            b_next = _multiply(b_query, s_high, s_low, full, n_ring + i_tile + 1, True, b_product, STAGES)
+            scores, blocks, worst = insert_hits(
+                scores, blocks, worst, s_score, s_fours, o_lane, i_half, i_tile, n_start + i_tile * BLOCK_N, n_shared,
+                i_own_low, i_first, i_stop, R, LOWEST, BLOCK_N,
+            )  # fmt: skip
+            b_product = warpgroup_mma_wait(0, deps=[b_next])
         n_ring += n_tiles
+        s_rows.store(b_product)
+        mbarrier.arrive(free.index((n_ring - 1) % STAGES), count=1)
+        b_query = _take_queries(p_query, s_queries, i_next + gl.num_programs(0), T, K, I_GROUP, G, D)
+        b_next = _multiply(b_query, s_high, s_low, full, n_ring, i_next < n_items, b_product, STAGES)
+        scores, blocks, worst = insert_hits(
+            scores, blocks, worst, s_score, s_fours, o_lane, i_half, n_tiles - 1, n_start + (n_tiles - 1) * BLOCK_N,
+            n_shared, i_own_low, i_first, i_stop, R, LOWEST, BLOCK_N,
+        )  # fmt: skip
         blocks = [(block ^ FIRST) + (n_start - i_first + 4 * i_half) for block in blocks]  # from the segment's first
         choices = best.row_choices(scores, blocks, i_own - i_first, R, NONE, LOWEST)
         _store_choices(p_choice, s_rows, choices, n_row, i_kv, i_thread, T, G, R)
+        b_product = warpgroup_mma_wait(0, deps=[b_next])
+    async_copy.wait_group(0)
 
 
 @gluon.jit
@@ -240,6 +220,9 @@ def select_hopper_kernel(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    s_query = gl.allocate_shared_memory(
+        p_query.dtype.element_ty, [4, HALF, D], gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    )
     s_shared = gl.allocate_shared_memory(gl.float32, [4, HALF, BLOCK_N], gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
     s_high = gl.allocate_shared_memory(d_high.dtype, [STAGES, BLOCK_N, D], d_high.layout)
     s_low = gl.allocate_shared_memory(d_high.dtype, [STAGES, BLOCK_N, D], d_low.layout)
@@ -248,19 +231,19 @@ def select_hopper_kernel(
     gl.warp_specialize(
         [
             (_choose, (
-                p_query, p_first, p_of_token, p_choice, s_shared, s_high, s_low, full,
+                p_query, p_first, p_of_token, p_choice, s_query, s_shared, s_high, s_low, full,
                 free, T, K, 0, G, R, NONE, LOWEST, D, BLOCK_N, STAGES,
             )),
             (_choose, (
-                p_query, p_first, p_of_token, p_choice, s_shared, s_high, s_low, full,
+                p_query, p_first, p_of_token, p_choice, s_query, s_shared, s_high, s_low, full,
                 free, T, K, 1, G, R, NONE, LOWEST, D, BLOCK_N, STAGES,
             )),
             (_choose, (
-                p_query, p_first, p_of_token, p_choice, s_shared, s_high, s_low, full,
+                p_query, p_first, p_of_token, p_choice, s_query, s_shared, s_high, s_low, full,
                 free, T, K, 2, G, R, NONE, LOWEST, D, BLOCK_N, STAGES,
             )),
             (_choose, (
-                p_query, p_first, p_of_token, p_choice, s_shared, s_high, s_low, full,
+                p_query, p_first, p_of_token, p_choice, s_query, s_shared, s_high, s_low, full,
                 free, T, K, 3, G, R, NONE, LOWEST, D, BLOCK_N, STAGES,
             )),
             (_load_tiles, (
