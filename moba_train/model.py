@@ -123,7 +123,7 @@ def _new_configuration(kind: str, keywords: dict[str, Any]) -> PretrainedConfig:
     known = CONFIG_MAPPING[kind]()
     # transformers would keep a mistyped keyword as one more attribute, and the default in its place.
     for name in keywords:
-        if not hasattr(known, name):
+        if not _has(known, name):
             near = difflib.get_close_matches(name, vars(known), n=1)
             meant = f": did you mean {near[0]}?" if near else ": take it out"
             raise ValueError(f"model.architecture.{name} is no setting of {kind}{meant}")
@@ -131,6 +131,13 @@ def _new_configuration(kind: str, keywords: dict[str, Any]) -> PretrainedConfig:
         return CONFIG_MAPPING[kind](**keywords)
     except Exception as error:  # of as many types as there are configurations
         raise ValueError(f"model.architecture is no {kind}: {_one_line(error)}") from None
+
+
+def _has(known: PretrainedConfig, name: str) -> bool:
+    try:
+        return hasattr(known, name)
+    except RuntimeError:  # a size that layers differ in
+        return True
 
 
 def _one_line(error: Exception) -> str:

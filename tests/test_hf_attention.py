@@ -16,6 +16,13 @@ ARCHITECTURES = {
     "mistral": {"sliding_window": None},
     "qwen2": {},
     "qwen3": {},
+    "ernie4_5": {},
+    "glm4": {"pad_token_id": 0},
+    "granite": {},
+    "olmo2": {},
+    "phi3": {"pad_token_id": 0},  # one projection for queries, keys and values
+    "smollm3": {"pad_token_id": 0},
+    "starcoder2": {"sliding_window": None},
     "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 100},
 }
 

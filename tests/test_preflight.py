@@ -89,6 +89,8 @@ def test_models_that_moba_does_not_compute(tiny_config: Config) -> None:
     refuses(tiny_config, "model_type=opt has no intermediate_size of its own")
     tiny_config.model.architecture = {"model_type": "gemma3"}  # a text model within
     refuses(tiny_config, "model_type=gemma3 has no num_hidden_layers of its own; use a Llama-shaped decoder")
+    tiny_config.model.architecture = {"model_type": "gemma4_text", "num_attention_heads": 4}
+    refuses(tiny_config, "gemma4_text: its layers have no head_dim in common|gemma4_text is unknown")
     layers = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
     tiny_config.model.architecture = {"model_type": "lfm2", "vocab_size": 300, **layers}
     refuses(tiny_config, "lfm2 has layers of type conv, which would carry their state from one packed document")
