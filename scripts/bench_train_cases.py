@@ -153,11 +153,13 @@ CASES += [
     Case(f"states {name}".strip(), "llama3_1b", 32768, (moba(512, 3),), switches={**CHECKPOINTED, **switches}, steps=4)
     for name, switches in STATES.items()
 ]
-SHARED = {  # over how many GPUs, how many rows, with which switches: a row shared by two, and a row each
+SHARED = {  # over how many GPUs, how many rows, with which switches: a row shared, and a row each
     "": (1, 1, {}),
     "sequence_parallel_size=2": (2, 1, {"sequence_parallel_size": 2}),
     "two rows": (2, 2, {}),
     "two rows, zero_stage=3": (2, 2, {"zero_stage": 3}),
+    "sequence_parallel_size=4": (4, 1, {"sequence_parallel_size": 4}),
+    "four rows": (4, 4, {}),
 }
 CASES += [
     Case(
