@@ -33,6 +33,7 @@ SIZES = {
     "resident": {"G": 1, "R": 2, "D": 128, "BLOCK_N": 128, "STAGES": 3},
     "query": {"LOG2_E": LOG2_E, "B": 256, **OWN, "STAGES": 2},
     "query_narrow": {"LOG2_E": LOG2_E, "B": 256, **OWN, "D": 64, "BLOCK_N": 64, "STAGES": 6},
+    "query_short": {"LOG2_E": LOG2_E, "B": 256, **OWN, "BLOCK_N": 64},
     "route count": {"R": 7, "GR": 28, "NONE": 255, "BLOCK_E": 1024, "BLOCK_N": 2048},
     "route fill": {"R": 7, "GR": 28, "NONE": 255, "ROWS": 16, "BLOCK_E": 128, "BLOCK_N": 2048, "ENTRIES": 4096},
     "select": {"G": 4, "R": 7, "NONE": 255, "LOWEST": -1e38, "D": 128, "BLOCK_N": 64, "STAGES": 3},
@@ -41,6 +42,8 @@ SIZES = {
     "key_value 64": {**KEY_VALUE, "QUERY": False, "AHEAD": True, "G": 4, "TILES": 4, "D": 64, "STAGES": 4},
     "own_forward": OWN,
     "own_query": {"LOG2_E": LOG2_E, **OWN},
+    "own_query_short": {"LOG2_E": LOG2_E, **OWN, "BLOCK_N": 64, "STAGES": 8},
+    "own_query_short 64": {"LOG2_E": LOG2_E, **OWN, "D": 64, "BLOCK_N": 64, "STAGES": 8},
 }
 
 
@@ -67,7 +70,7 @@ def compile_kernel(name: str) -> None:
     what, *which = name.split()
     kernels = {key: value for key, value in vars(getattr(hopper, what)).items() if key.endswith("_hopper_kernel")}
     (kernel,) = (value for key, value in kernels.items() if what != "route" or which[0] in key)
-    tile = 64 if what in ("key_value", "query_narrow", "select") else 128
+    tile = 64 if what == "key_value" else SIZES[name]["BLOCK_N"]
     sizes, names = SIZES[name], kernel.arg_names
     source = GluonASTSource(
         fn=kernel,

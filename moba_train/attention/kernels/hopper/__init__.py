@@ -2,7 +2,8 @@
 
 forward     ``routed_forward``, for blocks of several key tiles
 resident    ``resident_forward``, for blocks of one key tile
-query       ``routed_query``; at head_dim 64 by ``query_narrow``, with which it shares ``query_loads``
+query       ``routed_query``; at head_dim 64 by ``query_narrow``, for short blocks by ``query_short``; they share
+            ``query_loads``
 key_value   ``key_value``, with and without the entries' dQ; its warpgroups in ``key_value_sums``
 select      ``select``
 best        its lists of best pairs
@@ -11,7 +12,7 @@ lanes       what one lane does alone
 route       ``route``'s counting, and its lists' filling
 scratch     the shared memory that it sorts in
 own_forward ``merge``
-own_query   ``merge_query``
+own_query   ``merge_query``; for short blocks and at head_dim 64 by ``own_query_short``
 own         what these two share
 shared      what they share
 

@@ -109,7 +109,13 @@ def sum_gradients(
         else:
             b_d_key, b_d_value = warpgroup_mma_wait(0, deps=[b_d_key, b_d_value])
             mbarrier.arrive(free.index(i_tile % STAGES), count=1)
-    for i_tile in range(n_list, n_tiles):
+    n_before = n_list
+    if I_HALF == 1 and not QUERY:  # of the own block's rows, those of tokens before the half read none of its keys
+        n_before = gl.minimum(n_list + HALF * G // BLOCK_M, n_tiles)
+        for i_tile in range(n_list, n_before):
+            mbarrier.wait(full.index(i_tile % STAGES), i_tile // STAGES & 1)
+            mbarrier.arrive(free.index(i_tile % STAGES), count=1)
+    for i_tile in range(n_before, n_tiles):
         n_row = n_key * G + (i_tile - n_list) * BLOCK_M
         b_d_key, b_d_value, b_d_scores = _add_rows(
             b_d_key, b_d_value, s_key.index(I_HALF), s_value.index(I_HALF), s_query, s_d_out, s_lse, s_delta, full,

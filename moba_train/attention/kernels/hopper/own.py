@@ -17,11 +17,13 @@ def serves(sizes: Sizes) -> bool:
     return HALF.value % sizes.group == 0 and sizes.choose <= MOST_CHOICES
 
 
-def described_partial(partial: torch.Tensor, key: torch.Tensor, sizes: Sizes) -> TensorDescriptor:
-    """Partial results (rows * R, D) as the copy engine reads them: the r-th of a tile's rows. R = 0: not read."""
+def described_partial(
+    partial: torch.Tensor, key: torch.Tensor, sizes: Sizes, rows: int = TILE_ROWS.value
+) -> TensorDescriptor:
+    """Partial results (rows * R, D) as the copy engine reads them: the r-th of so many rows. R = 0: not read."""
     if not sizes.choose:
-        return described(key, TILE_ROWS.value)
-    return described(partial.view(-1, sizes.choose, sizes.head_dim), TILE_ROWS.value)
+        return described(key, rows)
+    return described(partial.view(-1, sizes.choose, sizes.head_dim), rows)
 
 
 def described_rows(tensor: torch.Tensor, sizes: Sizes) -> TensorDescriptor:
@@ -67,7 +69,7 @@ def bring_tiles(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: each tile's keys, values and partial results in the order of their use. Forward: the partial
-    outputs come first, and values one tile after the keys; backward: the partial dQ come last."""
+    outputs come first, and values one tile after the keys; backward: the partial dQ come last, BLOCK_N rows each."""
     LAG: gl.constexpr = BLOCK_N if FORWARD else 0
     i_item = i_kv_start * 0
     for i_tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
@@ -86,4 +88,6 @@ def bring_tiles(
                 i_item = bring(d_value, n_key - LAG, i_column, s_ring, full, free, i_item, STAGES)
         if not FORWARD:
             for i_choice in range(R):
-                i_item = bring(d_partial, n_partial, i_choice * D, s_ring, full, free, i_item, STAGES)
+                for i_part in gl.static_range(TILE_ROWS // BLOCK_N):
+                    n_part = n_partial + i_part * BLOCK_N
+                    i_item = bring(d_partial, n_part, i_choice * D, s_ring, full, free, i_item, STAGES)

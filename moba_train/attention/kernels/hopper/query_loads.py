@@ -1,4 +1,4 @@
-"""What the copying and the gathering warps of ``query`` and ``query_narrow`` share."""
+"""What the copying and the gathering warps of ``query``, ``query_narrow`` and ``query_short`` share."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

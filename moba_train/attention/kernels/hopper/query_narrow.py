@@ -57,7 +57,7 @@ def _gather_rows(
 
 
 @gluon.jit
-def _start_scores(
+def start_scores(
     b_query, b_d_out, s_key, s_value, key_full, value_full, i_item, SCORES: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -86,7 +86,7 @@ def _take_rows(
 
 
 @gluon.jit
-def _add_keys(
+def add_keys(
     b_d_query, b_scores, b_d_weight, b_lse, b_delta, s_key, value_free, i_item, scale, STAGES: gl.constexpr
 ):  # fmt: skip
     """Start adding a tile of keys to dQ (unscaled). Its scores are there, the gradients of its weights on their way."""
@@ -117,22 +117,22 @@ def _sum_query(
             s_query.index(I_OWN), s_d_out.index(I_OWN), s_place.index(I_OWN), s_lse.index(I_OWN), s_delta.index(I_OWN),
             rows_full, rows_free, i_turn, SCORES, ROWS,
         )  # fmt: skip
-        b_scores, b_d_weight = _start_scores(
+        b_scores, b_d_weight = start_scores(
             b_query, b_d_out, s_key, s_value, key_full, value_full, i_item, SCORES, BLOCK_N, STAGES
         )
         b_scores = warpgroup_mma_wait(1, deps=[b_scores])
         b_d_query = gl.zeros([HALF, D], gl.float32, SUMS)
         for _ in range(BLOCK_N, B, BLOCK_N):
-            b_d_query = _add_keys(
+            b_d_query = add_keys(
                 b_d_query, b_scores, b_d_weight, b_lse, b_delta, s_key, value_free, i_item, scale, STAGES
             )
-            b_scores, b_d_weight = _start_scores(
+            b_scores, b_d_weight = start_scores(
                 b_query, b_d_out, s_key, s_value, key_full, value_full, i_item + 1, SCORES, BLOCK_N, STAGES
             )
             b_scores, b_d_query = warpgroup_mma_wait(1, deps=[b_scores, b_d_query])
             mbarrier.arrive(key_free.index(i_item % STAGES), count=1)
             i_item += 1
-        b_d_query = _add_keys(b_d_query, b_scores, b_d_weight, b_lse, b_delta, s_key, value_free, i_item, scale, STAGES)
+        b_d_query = add_keys(b_d_query, b_scores, b_d_weight, b_lse, b_delta, s_key, value_free, i_item, scale, STAGES)
         b_d_query = warpgroup_mma_wait(0, deps=[b_d_query])
         mbarrier.arrive(key_free.index(i_item % STAGES), count=1)
         s_out.index(I_OWN).store((b_d_query * (scale / LOG2_E)).to(TYPE))
