@@ -42,8 +42,8 @@ SIZES = {
     "key_value 64": {**KEY_VALUE, "QUERY": False, "AHEAD": True, "G": 4, "TILES": 4, "D": 64, "STAGES": 4},
     "own_forward": OWN,
     "own_query": {"LOG2_E": LOG2_E, **OWN},
-    "own_query_short": {"LOG2_E": LOG2_E, **OWN, "BLOCK_N": 64, "STAGES": 8},
-    "own_query_short 64": {"LOG2_E": LOG2_E, **OWN, "D": 64, "BLOCK_N": 64, "STAGES": 8},
+    "own_short": {"LOG2_E": LOG2_E, **OWN, "BLOCK_N": 64, "STAGES": 8},
+    "own_short 64": {"LOG2_E": LOG2_E, **OWN, "D": 64, "BLOCK_N": 64, "STAGES": 8},
 }
 
 

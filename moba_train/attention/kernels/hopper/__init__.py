@@ -12,7 +12,7 @@ lanes       what one lane does alone
 route       ``route``'s counting, and its lists' filling
 scratch     the shared memory that it sorts in
 own_forward ``merge``
-own_query   ``merge_query``; for short blocks and at head_dim 64 by ``own_query_short``
+own_query   ``merge_query``; for short blocks and at head_dim 64 by ``own_short``
 own         what these two share
 shared      what they share
 

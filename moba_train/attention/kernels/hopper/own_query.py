@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from moba_train.attention.kernels.hopper import own_query_short
+from moba_train.attention.kernels.hopper import own_short
 from moba_train.attention.kernels.hopper.own import (
     TILE_ROWS,
     bring_tiles,
@@ -39,9 +39,9 @@ from moba_train.attention.kernels.hopper.shared import (
 from moba_train.attention.kernels.plan import Config, Sizes
 from moba_train.attention.kernels.rows import LOG2_E, NUMBERS
 
-SHORT_BLOCK = 1024  # keys up to which ``own_query_short`` is faster: by 11 % at 512, 8 % at 1024, slower by 3 % at 2048
-# By head_dim. At 64 it is ``own_query_short``.
-TILINGS = {64: own_query_short.TILING, 128: Config(rows=128, keys=128, warps=4, stages=4)}
+SHORT_BLOCK = 1024  # keys up to which ``own_short`` is faster: by 11 % at 512, 8 % at 1024, slower by 3 % at 2048
+# By head_dim. At 64 it is ``own_short``.
+TILINGS = {64: own_short.TILING, 128: Config(rows=128, keys=128, warps=4, stages=4)}
 
 
 @gluon.jit
@@ -244,7 +244,7 @@ def launch(
     """``arguments``: those of the kernel from dQ on. ``kv_heads``: those at work."""
     tiling, kernel = TILINGS[sizes.head_dim], merge_query_hopper_kernel
     if sizes.head_dim == 64 or sizes.block_size <= SHORT_BLOCK:
-        tiling, kernel = own_query_short.TILING, own_query_short.merge_query_short_hopper_kernel
+        tiling, kernel = own_short.TILING, own_short.merge_query_short_hopper_kernel
     kernel[(programs(query.device),)](
         described(key, tiling.keys), described(value, tiling.keys), described_partial(partial, key, sizes, tiling.keys),
         described_rows(query, sizes), described_rows(d_out, sizes), lse, delta, bounds, first, of_token, *arguments,
