@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,7 @@ ARCHITECTURES = {
 def pair(kind: str = "llama", **changes: object):
     """The same random model with transformers' own eager attention and with ours."""
     hf_attention.register()
-    keywords = {**TINY_LLAMA, **ARCHITECTURES[kind], **changes}
+    keywords = copy.deepcopy({**TINY_LLAMA, **ARCHITECTURES[kind], **changes})  # GLM's adds to its rope_parameters
     keywords.pop("model_type")
     models = []
     for implementation in ("eager", hf_attention.NAME):
