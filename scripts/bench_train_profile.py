@@ -22,6 +22,7 @@ GROUPS = {
         "_total_kernel",
         "_place_kernel",
         "_scatter_kernel",
+        "route_",
         "_tile_lists_kernel",
         "_find_lists_kernel",
         "routed_",
