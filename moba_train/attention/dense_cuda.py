@@ -41,6 +41,9 @@ def _forward(
     Sequences whose bounds are the same tensor are causal.
     """
     flash_attn, causal = _flash_attn(), queries is keys
+    # Of one query a sequence FlashAttention-2 would make as many as there are query heads for a kv head, by a reshape
+    # that fails where a sequence is empty.
+    longest = max(longest[0], 2), longest[1]
     if flash_attn:
         out, lse, _, _ = flash_attn._flash_attn_varlen_forward(
             query, key, value, queries, keys, *longest, dropout_p=0.0, softmax_scale=scale, causal=causal

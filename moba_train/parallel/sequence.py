@@ -75,7 +75,7 @@ def share_rows(model: PreTrainedModel, group: dist.ProcessGroup) -> None:
         """``hf_attention.attention_forward`` of slices; (batch, length of the slice, heads * head_dim)."""
         rows, heads, _, head_dim = query.shape
         # DeepSpeed gathers them in every layer; the bounds say all that attention needs of them.
-        keywords["position_ids"] = keywords["position_ids"][:, :1]
+        keywords["position_ids"] = keywords["position_ids"][:, :1].contiguous()  # NCCL takes nothing else
         return exchange(rows, heads, key.shape[1], head_dim)(module, query, key, value, attention_mask, **keywords)
 
     # DeepSpeed's own registration would put the exchange under "moba", for every model of this process, and fix one
