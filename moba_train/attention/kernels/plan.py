@@ -75,6 +75,7 @@ def shared_bytes(kernel: str, config: Config, row_bytes: int) -> int:
     return count * row_bytes + (6 << 10 if kernel.startswith("key_value") else 2 << 10)  # and what is no tile
 
 
+@cache
 def configs(head_dim: int, block_size: int, shared: int = HOPPER_SHARED) -> dict[str, Config]:
     """Tiles by kernel, measured on Hopper: as large as its registers and shared memory allow. Where a multiprocessor
     has less than that, fewer stages and then smaller tiles.

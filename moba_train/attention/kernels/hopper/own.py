@@ -5,7 +5,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moba_train.attention.kernels.hopper.shared import HALF, bring, described
+from moba_train.attention.kernels.hopper.shared import HALF, bring, described, swizzled
 from moba_train.attention.kernels.plan import Sizes
 
 TILE_ROWS: gl.constexpr = gl.constexpr(128)  # of a tile: two warpgroups of HALF rows
@@ -28,9 +28,9 @@ def described_partial(
 
 def described_rows(tensor: torch.Tensor, sizes: Sizes) -> TensorDescriptor:
     """A (T, H, D) tensor as the copy engine reads it: HALF consecutive rows of a kv head. G divides HALF."""
-    tile = [HALF.value // sizes.group, sizes.group, sizes.head_dim]
-    layout = gl.NVMMASharedLayout.get_default_for(tile, getattr(gl, str(tensor.dtype).removeprefix("torch.")))
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), tile, layout)
+    tile = (HALF.value // sizes.group, sizes.group, sizes.head_dim)
+    layout = swizzled(tile, tensor.dtype)
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(tile), layout)
 
 
 @gluon.jit

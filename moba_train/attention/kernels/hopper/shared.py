@@ -28,9 +28,16 @@ def programs(device: torch.device) -> int:
 def described(tensor: torch.Tensor, tile_tokens: int) -> TensorDescriptor:
     """A (T, K, D) tensor as the copy engine reads it: tiles of ``tile_tokens`` tokens of one head, zero past T."""
     tokens, kv_heads, head_dim = tensor.shape
-    tile = [tile_tokens, head_dim]
-    layout = gl.NVMMASharedLayout.get_default_for(tile, getattr(gl, str(tensor.dtype).removeprefix("torch.")))
-    return TensorDescriptor(tensor, [tokens, kv_heads * head_dim], [kv_heads * head_dim, 1], tile, layout)
+    tile = (tile_tokens, head_dim)
+    return TensorDescriptor(
+        tensor, [tokens, kv_heads * head_dim], [kv_heads * head_dim, 1], list(tile), swizzled(tile, tensor.dtype)
+    )
+
+
+@cache  # made anew it takes as long as a launch
+def swizzled(tile: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How the copy engine lays a tile into shared memory."""
+    return gl.NVMMASharedLayout.get_default_for(list(tile), getattr(gl, str(dtype).removeprefix("torch.")))
 
 
 @gluon.jit
