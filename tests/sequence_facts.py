@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,6 +34,23 @@ def gradients(engine) -> dict[str, torch.Tensor]:
         name: (safe_get_full_grad(parameter) if sharded else parameter.grad).detach().clone()
         for name, parameter in engine.module.named_parameters()
     }
+
+
+def refuse_scattered_tensors() -> None:
+    """As NCCL does and gloo does not."""
+
+    def strict(collective: Callable) -> Callable:
+        @functools.wraps(collective)
+        def call(*arguments, **keywords):
+            flat = torch.utils._pytree.tree_leaves((arguments, keywords))
+            shapes = [tuple(x.shape) for x in flat if isinstance(x, torch.Tensor) and not x.is_contiguous()]
+            assert not shapes, f"{collective.__name__} is given tensors that are not contiguous, of {shapes}"
+            return collective(*arguments, **keywords)
+
+        return call
+
+    for name in ("all_gather", "all_gather_into_tensor", "all_reduce", "all_to_all_single", "reduce_scatter_tensor"):
+        setattr(torch.distributed, name, strict(getattr(torch.distributed, name)))
 
 
 def facts(run: Run) -> dict:
@@ -63,6 +82,7 @@ def facts(run: Run) -> dict:
 
 def main(config: Config, cases: list[dict], folder: Path) -> None:
     runtime = start(config.launch)
+    refuse_scattered_tensors()
     for case in cases:
         own = copy.deepcopy(config)
         own.train = dataclasses.replace(own.train, **case["train"])
