@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers.utils.logging import disable_progress_bar
 
+from moba_train import meeting
 from moba_train.config import Device, LaunchConfig
 
 log = logging.getLogger("moba_train")
@@ -78,9 +79,7 @@ def start(launch: LaunchConfig, sequence_parallel_size: int = 1) -> Runtime:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=gpu)
     else:
         try:
-            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-            # torchrun's static rendezvous keeps its store, the first ranks' addresses in it, when it starts them again.
-            store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            store, rank, world_size = meeting.rendezvous(timeout)
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=gpu
             )

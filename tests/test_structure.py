@@ -13,7 +13,7 @@ PACKAGE = ROOT / "moba_train"
 
 # From the ground up. A package (attention, data, …) is one floor's worth: inside it imports are free.
 FLOORS = [
-    "config durable embedded hub redact metrics_file attention",
+    "config durable embedded hub redact metrics_file meeting attention",
     "layers offload host_moments",
     "runtime cost loss rope optimizer data resolved validate hf_attention recompute key_conv_folder",
     "schedule tracking model metrics fetch observe profiler skipped summary",
