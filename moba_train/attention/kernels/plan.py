@@ -21,6 +21,9 @@ FOLD_STAGES = 3  # partial results of a row tile on their way at a time
 HOPPER_SHARED = 227 << 10
 ENTRY_BYTES = 24  # of an entry besides its partial result: places in lists, log-sum-exps, delta
 
+SORT_NUMBERS = 215 << 8  # of 4 bytes in Hopper's shared memory: counters of blocks by warp, and one for each entry
+SORT_LEAST = 1 << 14  # entries; less leaves no runs
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -173,3 +176,14 @@ class Chunk:
     @property
     def parts(self) -> int:
         return self.part_stop - self.part_start
+
+
+def sorting(blocks: int) -> tuple[int, int, int]:
+    """(warps, counters of a warp, entries at most) of a program of ``hopper.route`` that sorts a part; no warps where
+    the counters of so many blocks leave no room for the entries."""
+    counters = max(256, triton.next_power_of_2(blocks))
+    for warps in (8, 4):
+        entries = SORT_NUMBERS - warps * counters
+        if entries >= SORT_LEAST:
+            return warps, counters, entries
+    return 0, counters, 0

@@ -30,6 +30,7 @@ from torch import Tensor
 from moba_train.attention.blocks import Blocks
 from moba_train.attention.kernels.call import is_hopper, on_hopper
 from moba_train.attention.kernels.lists import Lists
+from moba_train.attention.kernels.plan import sorting
 from moba_train.attention.kernels.rows import NUMBERS
 
 RANK_ENTRIES = 32
@@ -38,8 +39,6 @@ PART_ENTRIES = 512  # at least, of a walk
 MOST_COUNTERS = 1 << 23  # 16 MiB, 128 KiB a multiprocessor: a walk's stay in L1
 SORT_PROGRAMS = 2048  # of parts that are sorted: the longer one is, the longer the runs of entries that it writes
 SORT_ENTRIES = 4096  # at least, of a part that is sorted
-SORT_NUMBERS = 215 << 8  # of 4 bytes in Hopper's shared memory: counters of blocks by warp, and one for each entry
-SORT_LEAST = 1 << 14  # entries; less leaves no runs
 PLACE_BLOCKS = 32
 PLACE_PARTS = 128
 PLACE_TOTALS = 1024
@@ -47,17 +46,6 @@ PLACE_WARPS = 8
 SCATTER_ENTRIES = 2048
 SCATTER_WARPS = 8
 SHORT_COUNTS = 1 << 16  # counters and ranks below it take 2 bytes
-
-
-def sorting(blocks: int) -> tuple[int, int, int]:
-    """(warps, counters of a warp, entries at most) of a program of ``hopper.route`` that sorts a part; no warps where
-    the counters of so many blocks leave no room for the entries."""
-    counters = max(256, triton.next_power_of_2(blocks))
-    for warps in (8, 4):
-        entries = SORT_NUMBERS - warps * counters
-        if entries >= SORT_LEAST:
-            return warps, counters, entries
-    return 0, counters, 0
 
 
 def parts_of(tokens: int, kv_heads: int, per_token: int, blocks: int, device: torch.device) -> tuple[int, int]:

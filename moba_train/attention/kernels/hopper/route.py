@@ -22,7 +22,7 @@ from triton.experimental.gluon import language as gl
 from moba_train.attention.blocks import Blocks
 from moba_train.attention.kernels.hopper import lanes, scratch
 from moba_train.attention.kernels.hopper.shared import thread_barrier
-from moba_train.attention.kernels.route import sorting
+from moba_train.attention.kernels.plan import sorting
 from moba_train.attention.kernels.rows import NUMBERS
 
 COUNT_ENTRIES = 1024
