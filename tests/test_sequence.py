@@ -81,10 +81,15 @@ def test_slices_make_up_the_rows(size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("numbers", [8, 7], ids=["words of 8 bytes", "numbers"])
-def test_parcels_are_copied_in_order(dtype: torch.dtype, numbers: int) -> None:
+@pytest.mark.parametrize(
+    ("numbers", "beside", "first"),
+    [(8, 8, 0), (7, 7, 0), (8, 1, 0), (8, 8, 1)],
+    ids=["words of 8 bytes", "numbers", "tokens between words", "a start between words"],
+)
+def test_parcels_are_copied_in_order(dtype: torch.dtype, numbers: int, beside: int, first: int) -> None:
     """Of what a fused projection gives, which is not contiguous; and back, for the gradient."""
-    slices = torch.randn(3, 2, 4, 2 * numbers, dtype=dtype)[..., :numbers].requires_grad_()
+    projected = torch.randn(3, 2, 4, numbers + beside, dtype=dtype)
+    slices = projected[..., first : first + numbers].requires_grad_()
     parcels = _Moved.apply(slices, 2, 0)
     assert torch.equal(parcels, slices.movedim(2, 0)) and parcels.is_contiguous()
     gradient = torch.randn_like(parcels)

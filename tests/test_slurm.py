@@ -71,7 +71,7 @@ def test_options_that_are_none() -> None:
     ("limit", "expected"),
     [
         *(("90", 5400), ("90:30", 5430), ("24:00:00", 86400), ("2-12", 216000), ("2-12:30", 217800)),
-        *(("1-0:0:5", 86405), ("UNLIMITED", None), ("", None), (None, None)),
+        *(("1-0:0:5", 86405), ("UNLIMITED", None), ("0", None), ("", None), (None, None)),
     ],
 )
 def test_time_limits_as_sbatch_reads_them(limit: str | None, expected: int | None) -> None:
@@ -123,6 +123,7 @@ def test_a_job_near_its_limit_goes_on(cluster, tiny_overrides: list[str], tmp_pa
             *(sys.executable, "-m", "moba_train", "train", *tiny_overrides, "run.name=job"),
             *("launch=slurm", "launch.nodes=2", "launch.processes=2", "launch.slurm.wait=true"),
             *("launch.slurm.time=24:00:00", "schedule.stages.0.tokens=12288"),
+            "launch.slurm.setup=[set -euo pipefail]",
         ],
         capture_output=True,
         text=True,

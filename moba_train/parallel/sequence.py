@@ -143,5 +143,7 @@ class _Moved(torch.autograd.Function):
 
 
 def _copy_moved(x: torch.Tensor, source: int, destination: int) -> torch.Tensor:
-    words = torch.int64 if x.shape[-1] * x.element_size() % 8 == 0 else x.dtype
+    numbers, places = 8 // x.element_size(), (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
+    fits = x.stride(-1) == 1 and not any(place % numbers for place in places)
+    words = torch.int64 if fits else x.dtype
     return x.view(words).movedim(source, destination).contiguous().view(x.dtype)

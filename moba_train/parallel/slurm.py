@@ -53,7 +53,7 @@ def settle(launch: LaunchConfig) -> None:
 def seconds(limit: str | None) -> int | None:
     """A time limit as sbatch reads it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
 
-    None for what is no such limit (UNLIMITED), or none.
+    None for what is no such limit (UNLIMITED), or none (0 among them).
     """
     found = _LIMIT.fullmatch(limit or "")
     if not found:
@@ -63,7 +63,7 @@ def seconds(limit: str | None) -> int | None:
     if days is None and len(given) < 3:  # the first are minutes
         given.insert(0, 0)
     hours, minutes, rest = (*given, 0, 0)[:3]
-    return (((days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
+    return (((days or 0) * 24 + hours) * 60 + minutes) * 60 + rest or None
 
 
 def check() -> None:
@@ -104,10 +104,11 @@ def script(launch: LaunchConfig, resolved: Path) -> str:
             "",
             f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
             *launch.slurm.setup,
+            "set +e  # where the lines above set -e: what fails is seen to below",
             *(f"export {key}={shlex.quote(value)}" for key, value in shared.items()),
             f"export OMP_NUM_THREADS={threads}",
             "# Since 22.05 srun does not take it from the batch job.",
-            'if [ "$SLURM_CPUS_PER_TASK" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi',
+            'if [ "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi',
             *_master(launch),
             "",
             f"newest() {{ ls -d {shlex.quote(str(folder))}/checkpoints/step_* 2> /dev/null | tail -n 1; }}",
