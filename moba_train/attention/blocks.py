@@ -57,7 +57,8 @@ def cut(cu_seqlens: Tensor, block_size: int, tokens: int) -> Blocks:
 
 def most_blocks(cu_seqlens: Tensor, block_size: int, tokens: int) -> int:
     """The most blocks that so many segments can have, known from shapes alone."""
-    return tokens // block_size + len(cu_seqlens) - 1
+    # Not ``len``, which torch.compile takes for one number: another would be another graph.
+    return tokens // block_size + cu_seqlens.shape[0] - 1
 
 
 def _cut(cu_seqlens: Tensor, block_size: int, tokens: int) -> Blocks:

@@ -179,7 +179,7 @@ def _moba_gradients(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tup
 
 
 def _empty_choices(query: Tensor, key: Tensor, cu_seqlens: Tensor, block_size: int, top_k: int) -> Tensor:
-    kind = index_type(most_blocks(cu_seqlens, block_size, len(query)))
+    kind = index_type(most_blocks(cu_seqlens, block_size, query.shape[0]))
     return query.new_empty((*query.shape[:2], top_k - 1), dtype=kind)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from moba_train.attention import AttentionSpec
 from moba_train.attention.backends import AttentionFunction
@@ -81,6 +82,16 @@ def attend(
     out = function(*inputs, cu_seqlens, max(case.lengths), spec, case.head_dim**-0.5)
     out.backward(grad_out)
     return {"out": out.detach(), **{f"grad_{n}": x.grad for n, x in zip("qkv", inputs, strict=True)}}
+
+
+def graphs_of_any_documents(function: AttentionFunction, device: str, dtype: torch.dtype) -> int:
+    """How many graphs torch.compile makes for rows of two, three and four documents: two, the first for two alone."""
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=graphs)
+    for lengths in ((70, 41), (30, 60, 21), (50, 20, 21, 20)):
+        case = Case("compile", lengths, 4, 2, 16, 16, 3)
+        attend(compiled, case, case.spec, case.tensors(device, dtype))
+    return graphs.frame_count
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:

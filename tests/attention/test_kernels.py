@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from attention.cases import CASES, TOLERANCE, Case, assert_close, attend, exact_choices
+from attention.cases import CASES, TOLERANCE, Case, assert_close, attend, exact_choices, graphs_of_any_documents
 from moba_train.attention.blocks import cut
 from moba_train.attention.gate import choose as choose_exactly
 from moba_train.attention.reference import reference
@@ -395,6 +395,12 @@ def test_torch_compile_takes_it_whole():
     found = attend(compiled, case, case.spec, case.tensors(DEVICE, DTYPE))
     expected = attend(op.triton_attention, case, case.spec, case.tensors(DEVICE, DTYPE))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@kernels
+def test_torch_compile_needs_no_graph_for_each_number_of_documents():
+    op, _, _ = modules()
+    assert graphs_of_any_documents(op.triton_attention, DEVICE, DTYPE) == 2
 
 
 @pytest.mark.skipif(INTERPRETED or ON_GPU, reason="the tests above run here themselves")

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from attention.cases import CASES, DEVICES, TOLERANCE, Case, assert_close, attend
+from attention.cases import CASES, DEVICES, TOLERANCE, Case, assert_close, attend, graphs_of_any_documents
 from moba_train.attention import AttentionSpec, keeping, varlen
 from moba_train.attention.blocks import cut
 from moba_train.attention.dense_cpu import _groups
@@ -128,6 +128,10 @@ def test_its_operators_are_what_they_tell_the_compiler(device):
     torch.library.opcheck(varlen.varlen_choose, gate)
     torch.library.opcheck(varlen.varlen_full, (*inputs, bounds, 57, 0.25))
     torch.library.opcheck(varlen.varlen_moba, (*inputs, choices, blocks, block_size, 0.25))
+
+
+def test_torch_compile_needs_no_graph_for_each_number_of_documents():
+    assert graphs_of_any_documents(varlen.varlen, "cpu", torch.float32) == 2
 
 
 @pytest.mark.parametrize("device", DEVICES)

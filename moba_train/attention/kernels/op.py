@@ -67,8 +67,9 @@ def route(choices: Tensor, bounds: Tensor, first: Tensor, of_token: Tensor) -> t
 @route.register_fake
 def _(choices: Tensor, bounds: Tensor, first: Tensor, of_token: Tensor) -> tuple[Tensor, Tensor]:
     kv_heads, tokens, group, choose = choices.shape
-    parts = parts_of(tokens, kv_heads, group * choose, len(first), choices.device)[0] if choose else 0
-    shape = (kv_heads, parts + 1, len(first)) if choose else (0,)
+    count = first.shape[0]  # not ``len``: see ``most_blocks``
+    parts = parts_of(tokens, kv_heads, group * choose, count, choices.device)[0] if choose else 0
+    shape = (kv_heads, parts + 1, count) if choose else (0,)
     entries, offsets = (choices.new_empty(size, dtype=torch.int32) for size in (choices.numel(), shape))
     return entries, offsets
 
