@@ -150,7 +150,10 @@ def test_twenty_repeats_change_no_bit(tiling):
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize(
     "tiling",
-    [TILINGS[2], TILINGS[4], TILINGS[11], (3, 1, 128, 256, 4), (8, 1, 128, 384, 2), (2, 2, 128, 256, 12)],
+    [
+        *(TILINGS[2], TILINGS[4], TILINGS[11], (3, 1, 128, 256, 4), (8, 1, 128, 384, 2), (2, 2, 128, 256, 12)),
+        (2, 1, 128, 2048, 2),  # the kernels of long blocks, which no random shape above has
+    ],
     ids=str,
 )
 def test_triton_s_kernels_agree_with_those_for_hopper(tiling, monkeypatch):

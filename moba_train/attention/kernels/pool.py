@@ -2,9 +2,9 @@
 
 One program a (block, kv head) sums the block's keys in fp32, a tile at a time, while the next one is on its way. A
 short block is little to bring, so many small programs share a multiprocessor; a token's kv heads are read side by side,
-since they lie so. The mean leaves as high + low, both
-in the keys' half-precision type: high is the mean rounded, low what the rounding lost, so two tensor-core products give
-gate scores to about 2^-17 (bf16) of the mean, near what fp32 would give.
+since they lie so. The mean leaves as high + low, both in the keys' half-precision type: high is the mean rounded, low
+what the rounding lost, so two tensor-core products give gate scores to about 2^-17 (bf16) of the mean, near what fp32
+would give.
 
 Bytes: every key read once; 2 x 2 x N x K x D written.
 """
