@@ -3,9 +3,17 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from moba_train.attention.kernels.hopper.shared import HALF, copy_tile, gather, row_starts
+from moba_train.attention.kernels.hopper.shared import (
+    HALF,
+    copy_tile,
+    find_tile,
+    gather,
+    load_entries,
+    row_starts,
+    thread_barrier,
+)
 
 
 @gluon.jit
@@ -53,3 +61,31 @@ def gather_half(p_base, s_place, s_rows, i_kv, o_result, K, G: gl.constexpr, R: 
         o_start = row_starts(o_entry // R, i_kv, K, G, D)
         gather(s_rows.slice(i_part * PART, PART), p_base + (o_start[:, None] + o_d[None, :]))
     async_copy.commit_group()
+
+
+@gluon.jit
+def gather_queries(
+    p_query, p_lists, p_of_list, p_offsets, p_entries, s_query, s_place, rows_full, rows_free, i_tile, i_turn,
+    i_kv_start, i_entry_start, n_entries, N, P, i_part, n_parts, K, G: gl.constexpr, R: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    """Two warps: a tile's queries, of which two tiles have room, and the places of its results, past the list's end
+    less than 0. Returns the kv head and what a place is above its entry."""
+    VECTOR: gl.constexpr = gl.BlockedLayout([1], [32], [2], [0])
+    i_list, n_start, n_stop = find_tile(p_lists, p_of_list, p_offsets, i_tile, N, P, i_part, n_parts, 2)
+    i_kv = i_kv_start + i_list // N
+    o_result = i_list // N * n_entries - i_entry_start
+    i_buffer = i_turn % 2 * 2
+    mbarrier.wait(rows_free.index(i_turn % 2), (i_turn // 2 & 1) ^ 1)
+    for i_own in gl.static_range(2):
+        o_entry, m_row = load_entries(p_entries, n_start + i_own * HALF, n_stop, VECTOR)
+        o_place = o_result + o_entry
+        s_place.index(i_buffer + i_own).store(gl.where(m_row, o_place, -1 - o_place))
+    thread_barrier()  # all places are there
+    for i_own in gl.static_range(2):
+        i_rows = i_buffer + i_own
+        gather_half(p_query, s_place.index(i_rows), s_query.index(i_rows), i_kv, o_result, K, G, R, D)
+    async_copy.wait_group(0)
+    fence_async_shared()
+    thread_barrier()  # all of the warps' copies are fenced
+    mbarrier.arrive(rows_full.index(i_turn % 2), count=1)
+    return i_kv, o_result

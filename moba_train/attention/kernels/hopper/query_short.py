@@ -10,9 +10,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
-from moba_train.attention.kernels.hopper.query_loads import all_places, bring_keys, gather_half
+from moba_train.attention.kernels.hopper.query_loads import all_places, bring_keys, gather_half, gather_queries
 from moba_train.attention.kernels.hopper.query_narrow import add_keys, start_scores
-from moba_train.attention.kernels.hopper.shared import HALF, barriers, find_tile, gather, load_entries, thread_barrier
+from moba_train.attention.kernels.hopper.shared import HALF, barriers, gather, thread_barrier
 from moba_train.attention.kernels.plan import Config
 from moba_train.attention.kernels.rows import NUMBERS
 
@@ -30,23 +30,11 @@ def _gather_rows(
     VECTOR: gl.constexpr = gl.BlockedLayout([1], [32], [2], [0])
     i_turn = i_kv_start * 0
     for i_tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        i_list, n_start, n_stop = find_tile(p_lists, p_of_list, p_offsets, i_tile, N, P, i_part, n_parts, 2)
-        i_kv = i_kv_start + i_list // N
-        o_result = i_list // N * n_entries - i_entry_start
+        i_kv, o_result = gather_queries(
+            p_query, p_lists, p_of_list, p_offsets, p_entries, s_query, s_place, rows_full, rows_free, i_tile, i_turn,
+            i_kv_start, i_entry_start, n_entries, N, P, i_part, n_parts, K, G, R, D,
+        )  # fmt: skip
         i_buffer = i_turn % 2 * 2
-        mbarrier.wait(rows_free.index(i_turn % 2), (i_turn // 2 & 1) ^ 1)
-        for i_own in gl.static_range(2):
-            o_entry, m_row = load_entries(p_entries, n_start + i_own * HALF, n_stop, VECTOR)
-            o_place = o_result + o_entry
-            s_place.index(i_buffer + i_own).store(gl.where(m_row, o_place, -1 - o_place))
-        thread_barrier()  # all places are there
-        for i_own in gl.static_range(2):
-            i_rows = i_buffer + i_own
-            gather_half(p_query, s_place.index(i_rows), s_query.index(i_rows), i_kv, o_result, K, G, R, D)
-        async_copy.wait_group(0)
-        fence_async_shared()
-        thread_barrier()  # all of the warps' copies are fenced
-        mbarrier.arrive(rows_full.index(i_turn % 2), count=1)
         mbarrier.wait(grads_free.index(0), (i_turn & 1) ^ 1)
         for i_own in gl.static_range(2):
             o_entry = all_places(s_place.index(i_buffer + i_own), VECTOR) - o_result
