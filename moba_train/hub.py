@@ -1,5 +1,7 @@
-"""Whether the Hugging Face hub is there. Where it is not, huggingface_hub itself tries 23 seconds before it says so, a
-file at a time."""
+"""Whether the Hugging Face hub can be reached.
+
+Where it cannot, huggingface_hub itself tries for 23 seconds before it says so, and again for every file.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -27,6 +28,19 @@ def test_every_python_file_has_a_caption(monkeypatch) -> None:
 
     bare = [file for file in (ROOT / "moba_train").rglob("*.py") if not readme_tree.caption(file)]
     assert not bare
+
+
+def test_no_caption_breaks_off(monkeypatch) -> None:
+    """A docstring's first line is a paragraph of its own, and what a recipe's comment says ends in no bracket."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import readme_tree
+
+    files = [file for top in readme_tree.CAPTIONED for file in (ROOT / top).rglob("*")]
+    python = [file for file in files if file.suffix == ".py"]
+    first_lines = {file: (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n\n")[0] for file in python}
+    assert [file for file, line in first_lines.items() if "\n" in line] == []
+    captions = {file: readme_tree.caption(file) for file in files if file.suffix in (".py", ".yaml")}
+    assert [text for text in captions.values() if text.count("(") != text.count(")")] == []
 
 
 def test_make_targets_and_recipes_that_it_names_exist() -> None:

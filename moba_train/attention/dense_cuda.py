@@ -1,9 +1,9 @@
 """The dense passes of ``varlen`` on CUDA, on FlashAttention-2: the flash-attn package if installed, else torch's own.
-Full attention of equally long segments goes to cuDNN.
 
-Both take packed sequences of any length with grouped heads, and give the log-sum-exp as (H, T) in fp32. Routed rows of
-one key/value head are packed by block, so that every block is a sequence of its own; a block that nobody chose is a
-sequence without queries. All offsets stay on the device; only the longest list of each head is read back.
+Full attention of equally long segments goes to cuDNN. Either FlashAttention takes packed sequences of any length with
+grouped heads, and gives the log-sum-exp as (H, T) in fp32. Routed rows of one key/value head are packed by block, so
+that every block is a sequence of its own; a block that nobody chose is a sequence without queries. All offsets stay on
+the device; only the longest list of each head is read back.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""How fast attention is, beside dense attention and other MoBA packages. Nothing is timed that was not checked"""
+"""How fast attention is, beside dense attention and other MoBA packages. Nothing is timed that was not checked."""
