@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from moba_train.config import AttentionKind, Config, DecayShape, StageConfig, StageLearningRateConfig
-from moba_train.schedule import build_schedule
+from moba_train.schedule import build_schedule, due
 
 
 def test_stages_follow_at_whole_steps(tiny_config: Config) -> None:
@@ -62,6 +62,8 @@ def test_learning_rate_warms_up_holds_and_decays(tiny_config: Config, shape: Dec
     assert values[9:60] == pytest.approx([2.0] * 51)
     assert values[99] == pytest.approx(0.5)
     assert values[79] == pytest.approx(1.25)  # half of the decay: both shapes pass its middle
+    early = {DecayShape.linear: (1.9625, 1.625), DecayShape.cosine: (1.997688, 1.780330)}[shape]
+    assert (values[60], values[69]) == pytest.approx(early)  # a fortieth and a quarter of it
     assert all(a > b for a, b in pairwise(values[60:]))
 
 
@@ -86,6 +88,7 @@ def _stage(config: Config, **changes: object) -> None:
         (lambda c: _stage(c, tokens=0), r"stages\[0\].tokens=0: must be at least 1"),
         (lambda c: _stage(c, tokens=None, share=0.5), r"share=0.5 needs schedule.tokens"),
         (lambda c: _stage(c, tokens=None, share=1.5), r"share=1.5: must be above 0"),
+        (lambda c: setattr(c.train, "tokens_per_step", 4096), r"tokens_per_step=4096 is more than the 3072 tokens of"),
         (lambda c: _stage(c, context_length=100), r"stages\[0\].context_length=100 does not divide .*=512"),
         (lambda c: _stage(c, name="full"), "give each stage a name of its own"),
         (lambda c: setattr(c.train, "profile_steps", [6, 7]), r"train.profile_steps=\[6, 7\] with 6 steps: name steps"),
@@ -133,3 +136,8 @@ def test_a_total_that_the_stages_do_not_give_is_refused(tiny_config: Config) -> 
     tiny_config.schedule.tokens = 4096
     with pytest.raises(ValueError, match=r"add up to 3072: set schedule.tokens=null"):
         build_schedule(tiny_config)
+
+
+def test_what_comes_every_so_many_steps() -> None:
+    assert [step for step in range(1, 10) if due(step, 3)] == [3, 6, 9]
+    assert not any(due(step, 0) for step in range(10))
