@@ -67,10 +67,10 @@ class PositionLoss:
         self._state[0, self.bins] += torch.where(trailing, losses, 0).sum()
         self._state[1, self.bins] += trailing.sum()
 
-    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Add up over the ranks of ``group`` (all by default), in one call; nothing to do in a single process."""
-        if dist.is_initialized() and dist.get_world_size(group) > 1:
-            dist.all_reduce(self._state, group=group)
+    def all_reduce(self) -> None:
+        """Add up over all ranks, in one call; nothing to do in a single process."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self._state)
 
     def reset(self) -> None:
         """Start anew, for the next step."""

@@ -113,15 +113,17 @@ def test_gradients_are_not_kept():
 
 def test_all_reduce_is_one_call(monkeypatch):
     """Two ranks that hold the same tokens: sums and counts double, means stay."""
-    calls = []
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: calls.append(group) or tensor.mul_(2))
     metric = PositionLoss(16, 4)
     metric.add(*packed([16, 5], 16))
     before = metric.as_row("x", True)
+    metric.all_reduce()  # in a single process, without a group
+    assert metric.as_row("x", True) == before
+    calls = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: calls.append(tensor.shape) or tensor.mul_(2))
     metric.all_reduce()
-    assert calls == [None]
+    assert calls == [(2, 5)]
     assert metric.as_row("x", True) == before
 
 

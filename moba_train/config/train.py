@@ -22,8 +22,8 @@ class OffloadDevice(Enum):
 
 
 class FusedKernels(Enum):
-    """Norms, rotary embedding, SwiGLU and cross entropy in Liger's Triton kernels. ``auto``: on CUDA, where
-    liger-kernel is installed; ``liger``: there, and refused elsewhere; ``none``: in plain torch."""
+    """Norms, rotary embedding and SwiGLU in Liger's Triton kernels, and cross entropy in one of this package. ``auto``:
+    on CUDA, where liger-kernel is installed; ``liger``: there, and refused elsewhere; ``none``: in plain torch."""
 
     auto = "auto"
     liger = "liger"
