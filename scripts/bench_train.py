@@ -41,6 +41,7 @@ from moba_train.batch import model_inputs
 from moba_train.config import Config, ModelConfig, TrainConfig
 from moba_train.data.loader import Batch
 from moba_train.embedded import folder
+from moba_train.loss import IGNORE
 from moba_train.metrics import PositionLoss, Throughput, peak_flops
 from moba_train.model import load_model
 from moba_train.observe import OwnTime
@@ -72,7 +73,7 @@ class RandomRows:
         length = self.context
         ids = torch.randint(self._vocabulary, (rows, length), generator=self._generator)
         labels = ids.clone()
-        labels[:, 0] = -100
+        labels[:, 0] = IGNORE
         bounds = torch.arange(rows + 1, dtype=torch.int32) * length
         return Batch(ids, labels, torch.arange(length).repeat(rows, 1), bounds, length)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moba_train.batch import count_positions, model_inputs, valid_tokens
-from moba_train.data.loader import IGNORED, Batch
+from moba_train.data.loader import Batch
+from moba_train.loss import IGNORE
 from moba_train.metrics import PositionLoss
 from moba_train.runtime import Runtime
 
@@ -32,7 +33,7 @@ def test_losses_are_counted_at_their_targets(slices: int) -> None:
     """One row is a whole segment; the other a segment of 3 tokens and padding, whose last position could be mistaken
     for the end of a context."""
     ids = torch.arange(8).view(2, 4)
-    labels = torch.tensor([[IGNORED, 1, 2, 3], [IGNORED, 5, 6, IGNORED]])
+    labels = torch.tensor([[IGNORE, 1, 2, 3], [IGNORE, 5, 6, IGNORE]])
     positions = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 0]])
     batch = Batch(ids, labels, positions, torch.tensor([0, 4, 7, 8], dtype=torch.int32), 4)
     assert valid_tokens(batch) == 5

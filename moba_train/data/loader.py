@@ -20,8 +20,7 @@ from moba_train.config import MixConfig
 from moba_train.data.mix import build_mix
 from moba_train.data.pack import Rows, pack
 from moba_train.data.store import TokenStore
-
-IGNORED = -100  # the label that losses skip
+from moba_train.layers.cross_entropy import IGNORE
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ def heldout_batches(
     for i in range(rank, -(-count // world_size) * world_size, world_size):
         batch = make_batch(store, packed, [int(chosen[min(i, count - 1)])], max_segments=1)
         if i >= count:
-            batch.labels.fill_(IGNORED)
+            batch.labels.fill_(IGNORE)
         batches.append(batch)
     return batches
 
@@ -203,9 +202,9 @@ def make_batch(store: TokenStore, packed: Rows, rows: list[int], max_segments: i
     starts = np.array(bounds[:-1])
     positions = np.arange(total) - np.repeat(starts, np.diff(bounds))
     labels = tokens.copy()
-    labels[starts] = IGNORED
+    labels[starts] = IGNORE
     for pad in padding:
-        labels[pad] = IGNORED
+        labels[pad] = IGNORE
     shape = (len(rows), length)
     return Batch(
         input_ids=torch.from_numpy(tokens).view(shape),

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moba_train.config import MixConfig
-from moba_train.data.loader import IGNORED, Batch, RowLoader, heldout_batches
+from moba_train.data.loader import Batch, RowLoader, heldout_batches
 from moba_train.data.store import StoreWriter, TokenStore
+from moba_train.loss import IGNORE
 
 EOS = 0
 MIXES = [
@@ -80,9 +81,9 @@ def test_segments(store: TokenStore, context_length: int, rows: int, mix: MixCon
         for span in segments_of(batch):
             segment, length = ids[span], span.stop - span.start
             assert (positions[span] == torch.arange(length)).all()
-            assert labels[span.start] == IGNORED
+            assert labels[span.start] == IGNORE
             if segment[0] == EOS:
-                assert (segment == EOS).all() and (labels[span] == IGNORED).all()
+                assert (segment == EOS).all() and (labels[span] == IGNORE).all()
                 assert span.stop % context_length == 0
             else:
                 assert (segment == torch.arange(length) + segment[0]).all()
@@ -115,6 +116,17 @@ def test_resume_at_any_step(store: TokenStore, steps: int, before: int, after: i
         loader.load_state_dict(states[0])
     for _ in range(5):
         assert (rows_of(first, 1) == rows_of(second, 1)).all()
+
+
+def test_each_step_is_made_once_and_ahead(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = RowLoader(store, 100, rows_per_step=2)
+    made: list[tuple[int, int]] = []
+    make = loader._make_step
+    monkeypatch.setattr(loader, "_make_step", lambda *step: made.append(step) or make(*step))
+    for _ in range(3):
+        loader.next_step(1)
+    loader._thread.shutdown()
+    assert made == [(0, 1), (2, 1), (4, 1), (6, 1)]
 
 
 def test_what_was_drawn_is_told_alike_after_a_resume(store: TokenStore) -> None:
@@ -169,7 +181,7 @@ def test_heldout_rows_are_whole_contexts(store: TokenStore, world_size: int) -> 
     batches = [heldout_batches(store, 100, 7, rank, world_size) for rank in range(world_size)]
     assert len({len(of_rank) for of_rank in batches}) == 1
     interleaved = [batch for group in zip(*batches, strict=True) for batch in group]
-    valid = [batch for batch in interleaved if (batch.labels != IGNORED).any()]
+    valid = [batch for batch in interleaved if (batch.labels != IGNORE).any()]
     assert len(valid) == 7
     assert len({int(batch.input_ids[0, 0]) for batch in valid}) == 7
     for batch in valid:
