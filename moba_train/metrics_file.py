@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+FILE = "metrics.jsonl"
+
 
 def read_rows(file: Path) -> Iterator[dict[str, Any]]:
     """The rows of ``file``, in order; what is none, such as a last line cut short by a kill, is left out."""

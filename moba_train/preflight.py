@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 from transformers import PretrainedConfig
 
-from moba_train import checkpoint, durable, resolved
+from moba_train import checkpoint, durable, metrics_file, resolved
 from moba_train.attention.backends import BACKENDS, check_name, resolve
 from moba_train.config import AttentionKind, Config, Device, LaunchConfig, LaunchKind, Resume
 from moba_train.cost import DecoderShape
@@ -22,13 +22,11 @@ from moba_train.data.store import TokenStore
 from moba_train.data.tokenizer import load_tokenizer
 from moba_train.hf_attention import sliding_window
 from moba_train.loss import refuse_changed_logits
-from moba_train.metrics_file import read_rows
 from moba_train.model import key_conv_width, model_configuration, tokenizer_path
 from moba_train.parallel import lifetime
 from moba_train.rope import LENGTH_BOUND, rope_parameters
 from moba_train.runtime import choose_device
 from moba_train.schedule import Schedule
-from moba_train.tracking import METRICS_FILE
 from moba_train.validate import check_slices
 
 _ATTENTION_TYPES = {"attention", "full_attention", "sliding_attention", "chunked_attention"}  # transformers' words
@@ -212,7 +210,7 @@ def check_folder(config: Config, folder: Path) -> None:
     """
     try:
         checkpoints = checkpoint.list_checkpoints(folder / "checkpoints")
-        begun = bool(checkpoints) or _holds_steps(folder / METRICS_FILE)
+        begun = bool(checkpoints) or _holds_steps(folder / metrics_file.FILE)
         nearest = next(path for path in (folder, *folder.parents) if path.exists())
     except OSError as error:  # a name too long, no permission to look
         raise _unwritable(folder, error.strerror) from None
@@ -239,7 +237,7 @@ def check_folder(config: Config, folder: Path) -> None:
 
 
 def _holds_steps(metrics: Path) -> bool:
-    return metrics.is_file() and any(row.get("step") for row in read_rows(metrics))
+    return metrics.is_file() and any(row.get("step") for row in metrics_file.read_rows(metrics))
 
 
 def open_folder(config: Config, folder: Path) -> IO[str]:

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-
-def read_result(folder: Path) -> dict[str, Any]:
-    """A finished run's result.json.
-
-    Raises:
-        ValueError: it is damaged; a run writes it whole or not at all.
-    """
-    file = folder / "result.json"
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        result = None
-    if not isinstance(result, dict) or not {"status", "points"} <= result.keys():
-        raise ValueError(f"{file} is damaged: remove it, and the run makes it again with run.resume=auto")
-    return result
+from moba_train import result_file
 
 
 def print_summary(folder: Path, console: Console) -> None:
     """Held-out losses at each point of the run, from its result.json."""
-    result = read_result(folder)
+    result = result_file.read(folder)
     title = f"{folder.name}: held-out loss (nats a token)"
     console.print(title, style="italic", soft_wrap=True, markup=False)  # a name's brackets are not markup
     table = Table()

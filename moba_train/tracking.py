@@ -16,14 +16,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from moba_train import durable
+from moba_train import durable, metrics_file
 from moba_train.config import WandbConfig, WandbMode
-from moba_train.metrics_file import read_rows
 from moba_train.redact import redact
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
 INIT_SECONDS = 10  # W&B's own default is 90
 FINISH_SECONDS = 30  # for the last uploads; the default waits for ever
 
@@ -40,7 +38,7 @@ class Tracker:
     """
 
     def __init__(self, run_dir: Path, config: WandbConfig, resolved: dict[str, Any], first_step: int = 0) -> None:
-        path = Path(run_dir) / METRICS_FILE
+        path = Path(run_dir) / metrics_file.FILE
         _cut(path, first_step)
         self._file = path.open("a", encoding="utf-8")
         self._wandb: _WandbThread | None = None
@@ -218,7 +216,7 @@ def _cut(path: Path, first_step: int) -> None:
     """Keep the rows up to ``first_step``. The file is replaced whole."""
     if not path.exists():
         return
-    kept = [row for row in read_rows(path) if 0 < first_step >= row["step"]]
+    kept = [row for row in metrics_file.read_rows(path) if 0 < first_step >= row["step"]]
     durable.write(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 

@@ -17,7 +17,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
 
 import argparse
 import errno
-import json
 import os
 import socket
 import sys
@@ -29,9 +28,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moba_train import durable, resolved
+from moba_train import metrics_file, resolved, result_file
 from moba_train.config import Config, OffloadDevice
-from moba_train.metrics_file import read_rows
 from moba_train.parallel import lifetime
 from moba_train.parallel.interruption import Interrupted
 from moba_train.parallel.supervise import INTERRUPTED
@@ -39,7 +37,6 @@ from moba_train.run import Run, build
 from moba_train.runtime import finish, start
 from moba_train.train import train
 
-RESULT = "result.json"
 _GIVE_WAY_SECONDS = {"rank 0": 2.0, "others": 15.0}  # rank 0 first tells W&B, and that takes some seconds
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 _IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
@@ -153,7 +150,7 @@ def write_result(run: Run) -> None:
     keys = ("eval/point", "step", "tokens", "eval/loss", "eval/trailing_loss")
     points = [
         {key.removeprefix("eval/"): row[key] for key in keys if key in row}
-        for row in read_rows(run.folder / "metrics.jsonl")
+        for row in metrics_file.read_rows(run.folder / metrics_file.FILE)
         if "eval/point" in row
     ]
     result: dict[str, Any] = {
@@ -166,7 +163,7 @@ def write_result(run: Run) -> None:
         "tokens_per_second": run.throughput.tokens / run.throughput.seconds if run.throughput.seconds else None,
         "points": points,
     }
-    durable.write(run.folder / RESULT, json.dumps(result, indent=2) + "\n")
+    result_file.write(run.folder, result)
 
 
 if __name__ == "__main__":

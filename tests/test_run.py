@@ -8,11 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from moba_train import resolved, worker
+from moba_train import resolved, result_file, worker
 from moba_train.config import Config
 from moba_train.metrics_file import read_rows
 from moba_train.run import _check_settings
-from moba_train.summary import read_result
 
 
 def test_a_checkpoint_of_a_run_with_other_settings_is_refused(tiny_config: Config, tmp_path: Path) -> None:
@@ -33,7 +32,7 @@ def test_a_checkpoint_of_a_run_with_other_settings_is_refused(tiny_config: Confi
 def test_a_damaged_result_is_named(tmp_path: Path, damage: bytes) -> None:
     (tmp_path / "result.json").write_bytes(damage)
     with pytest.raises(ValueError, match=r"result\.json is damaged: remove it"):
-        read_result(tmp_path)
+        result_file.read(tmp_path)
 
 
 def test_a_run_whose_rows_were_removed_still_has_a_result(tmp_path: Path) -> None:
@@ -41,5 +40,5 @@ def test_a_run_whose_rows_were_removed_still_has_a_result(tmp_path: Path) -> Non
     assert list(read_rows(tmp_path / "metrics.jsonl")) == [{"step": 1}]
     throughput = SimpleNamespace(tokens=0, seconds=0.0)
     worker.write_result(SimpleNamespace(folder=tmp_path, tokens=8, seconds=1.0, throughput=throughput))  # type: ignore[arg-type]
-    result = read_result(tmp_path)
+    result = result_file.read(tmp_path)
     assert (result["loss"], result["points"], result["tokens"]) == (None, [], 8)

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "moba_train"
 # From the ground up. A package (attention, data, …) is one floor's worth: inside it imports are free.
 FLOORS = [
     "config durable embedded hub redact metrics_file meeting attention",
-    "layers offload host_moments",
+    "layers offload host_moments result_file",
     "runtime cost loss rope optimizer data resolved validate hf_attention recompute key_conv_folder",
     "schedule tracking model metrics fetch observe profiler skipped summary",
     "batch parallel export report",

@@ -26,13 +26,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
-from moba_train import resolved
+from moba_train import resolved, result_file
 from moba_train.commands import sweep
 from moba_train.commands.compose import run_hydra
 from moba_train.config import Config
 from moba_train.parallel import launch, started
 from moba_train.parallel.supervise import INTERRUPTED
-from moba_train.summary import print_summary, read_result
+from moba_train.summary import print_summary
 from moba_train.validate import validate
 
 STOPPED = (*INTERRUPTED, 128 + signal.SIGINT)  # the exit codes of a run that was told to stop
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
     folder = run_hydra("train", partial(point, codes), arguments)
     if folder is None or not folder.is_dir():
         return codes[0] if codes else 0
-    if len(list(folder.glob("*/result.json"))) > 1:
+    if len(list(folder.glob(f"*/{result_file.FILE}"))) > 1:
         from moba_train import report
 
         say(f"sweep report: {report.build(folder)}")
@@ -69,9 +69,9 @@ def point(codes: list[int], composed: DictConfig) -> float | None:
         if code in STOPPED:
             print(f"error: the sweep in {hydra.sweep.dir} ends here, since it was told to stop", file=sys.stderr)
             sys.exit(code)
-    if not code and not (folder / "result.json").is_file():
+    if not code and not result_file.is_there(folder):
         return None
-    found = None if code else read_result(folder)["trailing_loss"]
+    found = None if code else result_file.read(folder)["trailing_loss"]
     return math.inf if found is None else found  # a sweep goes on to its other points
 
 
@@ -102,12 +102,12 @@ def run_one(config: Config) -> tuple[Path, int]:
     preflight.check_store(config, schedule, stores)
     with preflight.open_folder(config, folder) as claim:
         say(f"run directory: {folder}")
-        if (folder / "result.json").is_file():
+        if result_file.is_there(folder):
             say("the run is complete")
             code = 0
         else:
             code = launch.run(config.launch, folder / resolved.FILE, claim)
-        if not code and not (folder / "result.json").is_file():
+        if not code and not result_file.is_there(folder):
             return folder, 0  # a batch job that is to come
         if code:
             saved = checkpoint.list_checkpoints(folder / "checkpoints")
@@ -125,7 +125,7 @@ def follow(config: Config) -> tuple[Path, int]:
     """A rank other than 0 that something else has started: rank 0 does the rest, and says what is wrong."""
     folder = run_folder(config)
     started.wait_for(folder / resolved.FILE, resolved.to_yaml(config), config.launch.timeout_minutes)
-    if (folder / "result.json").is_file():  # the run is complete
+    if result_file.is_there(folder):  # the run is complete
         return folder, 0
     return folder, launch.run(config.launch, folder / resolved.FILE)
 

@@ -12,9 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from moba_train import resolved
-from moba_train.metrics_file import read_rows
-from moba_train.summary import read_result
+from moba_train import metrics_file, resolved, result_file
 
 _CURVE_KEY = "eval/position_loss/"
 
@@ -207,9 +205,9 @@ def _order(path: Path) -> list[str | int]:
 
 def _read_run(path: Path) -> Run:
     config: Any = OmegaConf.to_container(resolved.read(path / resolved.FILE))
-    result = read_result(path) if (path / "result.json").is_file() else None
-    metrics = path / "metrics.jsonl"  # not there yet where a run stopped before its first row
-    rows = read_rows(metrics) if metrics.is_file() else []
+    result = result_file.read(path) if result_file.is_there(path) else None
+    metrics = path / metrics_file.FILE  # not there yet where a run stopped before its first row
+    rows = metrics_file.read_rows(metrics) if metrics.is_file() else []
     return Run(path, config, [row for row in rows if "tokens" in row], result)
 
 
