@@ -27,7 +27,8 @@ def moba_attention(
     Segments are cut into blocks of ``block_size`` tokens from their start. A query reads its own block causally and,
     of the blocks before it in its segment, the ``top_k - 1`` whose mean key has the largest dot product with it, ties
     to the earlier block; each query head chooses for itself. One softmax runs over all keys read. Differentiable in
-    query, key and value; no gradient flows through the choice.
+    query, key and value, once and in reverse; no gradient flows through the choice. ``reference`` alone has
+    forward-mode and second derivatives, and those of ``torch.func``.
 
     Args:
         query: (tokens, heads, head_dim), after RoPE.

@@ -14,6 +14,7 @@ from functools import cache
 from importlib.util import find_spec
 
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from moba_train.attention import adapters
 from moba_train.attention.reference import reference
@@ -87,17 +88,24 @@ def resolve(name: str, query: Tensor, key: Tensor, spec: AttentionSpec) -> Atten
     if name == "auto":
         refusals: list[str] = []
         for candidate, backend in BACKENDS.items():
-            reason = backend.refuses(query, key, spec)
+            reason = _reason(backend, query, key, spec)
             if reason is None:
                 _log_choice(candidate, spec.kind, tuple(refusals))
                 return backend.function
             refusals.append(f"{candidate}: {reason}")
         raise AssertionError("reference refuses nothing")
     check_name(name)
-    reason = BACKENDS[name].refuses(query, key, spec)
+    reason = _reason(BACKENDS[name], query, key, spec)
     if reason is not None:
         raise ValueError(f"backend={name} cannot run here: {reason}; choose another, or auto")
     return BACKENDS[name].function
+
+
+def _reason(backend: Backend, query: Tensor, key: Tensor, spec: AttentionSpec) -> str | None:
+    # torch takes the tangent of an operator that has no rule for it as zero, without a word.
+    if backend.function is not reference and forward_ad._current_level >= 0:
+        return "it has no forward-mode derivatives (torch.func.jvp)"
+    return backend.refuses(query, key, spec)
 
 
 @cache

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 KINDS = ("full", "moba")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) 
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 3:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; give (tokens, heads, head_dim)")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} has dtype {tensor.dtype}; give a floating-point tensor")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name} has dtype {tensor.dtype}; give bfloat16, float16, float32 or float64")
         if tensor.dtype != query.dtype:
             raise ValueError(f"{name} has dtype {tensor.dtype} and query {query.dtype}; give all three the same")
         if tensor.device != query.device:

@@ -156,6 +156,25 @@ def test_auto_takes_the_first_that_fits_and_says_why(caplog, monkeypatch):
     assert "reference" in message and "varlen: it rains" in message
 
 
+def test_forward_mode_derivatives_are_the_references(caplog):
+    """torch would take those of our operators as zero."""
+    case = Case("tangents", (90,))
+    query, key, value, tangent = case.tensors()
+
+    def derivative(backend: str) -> torch.Tensor:
+        def of_value(x: torch.Tensor) -> torch.Tensor:
+            return moba_attention(query, key, x, block_size=16, top_k=3, backend=backend)
+
+        return torch.func.jvp(of_value, (value,), (tangent[:, : value.shape[1]],))[1]
+
+    assert derivative("reference").abs().max() > 0.1
+    with caplog.at_level(logging.INFO, logger="moba_train.attention"):
+        assert torch.equal(derivative("auto"), derivative("reference"))
+    assert "varlen: it has no forward-mode derivatives" in caplog.text
+    with pytest.raises(ValueError, match="varlen cannot run here: it has no forward-mode derivatives"):
+        derivative("varlen")
+
+
 def test_a_named_backend_never_falls_back(monkeypatch):
     query, key, value, _ = Case("named", (8,)).tensors()
     monkeypatch.setitem(BACKENDS, "varlen", Backend(BACKENDS["varlen"].function, lambda *_: "it rains"))

@@ -31,6 +31,7 @@ def test_a_wrong_spec_is_refused(arguments, message):
     [
         ({"query": torch.zeros(6, 32)}, r"query has shape \(6, 32\); give \(tokens, heads, head_dim\)"),
         ({"query": torch.zeros(6, 4, 8, dtype=torch.long)}, "query has dtype torch.int64"),
+        ({"query": torch.zeros(6, 4, 8).to(torch.float8_e4m3fn)}, "float8_e4m3fn; give bfloat16, float16, float32"),
         ({"key": torch.zeros(6, 2, 8).half()}, "key has dtype torch.float16 and query torch.float32"),
         ({"value": torch.zeros(6, 2, 8, device="meta")}, "value is on meta and query on cpu"),
         ({"value": torch.zeros(6, 4, 8)}, r"value has shape \(6, 4, 8\) and key \(6, 2, 8\)"),
