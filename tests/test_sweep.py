@@ -98,6 +98,13 @@ def test_a_signal_ends_the_whole_sweep(
     assert f"error: the sweep in {tmp_path / 'runs/widths'} ends here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("swept", ["attention.top_k=glob(*)", "experiment=glob(none*)"])
+def test_a_sweep_without_points_is_refused(tiny_overrides: list[str], capsys, swept: str) -> None:
+    """Hydra runs nothing and says nothing."""
+    assert cli.run(["train", "--multirun", *tiny_overrides, swept]) == 2
+    assert capsys.readouterr().err.startswith("error: the sweep has no point: glob(…) chooses among the files of a")
+
+
 def test_a_directory_of_hydras_own(tiny_overrides: list[str], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(launch, "run", lambda config, file, claim: config.port and 7)
     folder = tmp_path / "elsewhere"

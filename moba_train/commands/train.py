@@ -44,8 +44,10 @@ def main(arguments: list[str]) -> int:
     codes: list[int] = []  # of a single run; the points of a sweep may run elsewhere
     os.environ[sweep.STARTED] = uuid4().hex
     folder = run_hydra("train", partial(point, codes), arguments)
-    if folder is None or not folder.is_dir():
+    if folder is None:
         return codes[0] if codes else 0
+    if not sweep.read(folder):
+        raise ValueError("the sweep has no point: glob(…) chooses among the files of a config group; match some")
     if len(list(folder.glob(f"*/{result_file.FILE}"))) > 1:
         from moba_train import report
 
