@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,7 +28,6 @@ _COUNTED_AT_ONCE = 1 << 20
 class Pool:
     """Rows ``first`` to ``first + count`` of a mix, drawn alike."""
 
-    name: str
     first: int
     count: int
     share: float  # of the rows drawn
@@ -152,18 +151,16 @@ def build_mix(store: TokenStore, context_length: int, seed: int, config: MixConf
     weights = {name: weight for name, weight in config.weights.items() if weight} or {"": 1.0}
     parts: list[_Part] = []
     for group, weight in weights.items():
-        of_group = [
-            _Part.pack(*chosen, store, context_length, seed, config.most_padding)
-            for chosen in _choose(store, names, group, config)
-        ]
-        of_group = [part for part in of_group if len(part.rows)]
+        of_group = []
+        for documents, of_token in _choose(store, names, group, config):
+            rows = pack(store.lengths[documents], context_length, seed, config.most_padding).renamed(documents)
+            if len(rows):
+                of_group.append(_Part(rows, of_token, group, weight / sum(weights.values())))
         if not of_group:
             raise ValueError(
                 f"{key} leaves no document of {f'source {group!r}' if group else 'the data'} to draw: lower min_length="
                 f"{config.min_length}, or raise a weight that is 0"
             )
-        for part in of_group:
-            part.group, part.group_weight = group, weight / sum(weights.values())
         parts += of_group
     if config.full_rows is not None:
         parts = [piece for part in parts for piece in part.split()]
@@ -171,7 +168,7 @@ def build_mix(store: TokenStore, context_length: int, seed: int, config: MixConf
     shares = _row_shares(parts)
     kept = [(part, share) for part, share in zip(parts, shares, strict=True) if share]
     firsts = np.cumsum([0, *(len(part.rows) for part, _ in kept)])
-    pools = [Pool(part.name, int(firsts[i]), len(part.rows), float(share)) for i, (part, share) in enumerate(kept)]
+    pools = [Pool(int(firsts[i]), len(part.rows), float(share)) for i, (part, share) in enumerate(kept)]
     return Mix(join([part.rows for part, _ in kept]), pools, seed)
 
 
@@ -179,25 +176,10 @@ def build_mix(store: TokenStore, context_length: int, seed: int, config: MixConf
 class _Part:
     """The rows of a pool to be, and what its share follows from."""
 
-    name: str
     rows: Rows
     weight: float  # of a token of it, against others of its group
-    group: str = ""
-    group_weight: float = 1.0  # share of all tokens
-
-    @classmethod
-    def pack(
-        cls,
-        name: str,
-        documents: np.ndarray,
-        weight: float,
-        store: TokenStore,
-        context_length: int,
-        seed: int,
-        most_padding: float,
-    ) -> _Part:
-        rows = pack(store.lengths[documents], context_length, seed, most_padding)
-        return cls(name, rows.renamed(documents), weight)
+    group: str
+    group_weight: float  # share of all tokens
 
     @property
     def tokens(self) -> int:
@@ -210,17 +192,11 @@ class _Part:
     def split(self) -> list[_Part]:
         """Its full rows, and the others."""
         at, end = self.rows.full_rows, len(self.rows)
-        return [
-            _Part(f"{self.name}, {name}", self.rows.slice(a, b), self.weight, self.group, self.group_weight)
-            for name, a, b in (("full rows", 0, at), ("packed rows", at, end))
-            if a < b
-        ]
+        return [replace(self, rows=self.rows.slice(a, b)) for a, b in ((0, at), (at, end)) if a < b]
 
 
-def _choose(
-    store: TokenStore, names: list[str], group: str, config: MixConfig
-) -> Iterable[tuple[str, np.ndarray, float]]:
-    """Name, documents and weight of each part of a group: its documents by the length classes."""
+def _choose(store: TokenStore, names: list[str], group: str, config: MixConfig) -> Iterable[tuple[np.ndarray, float]]:
+    """The documents of each part of a group, by the length classes, and the weight of their tokens."""
     of_group = np.array([not group or name == group for name in names])[store.sources]
     bounds = [0, *sorted(config.length_weights)]
     for at, least in enumerate(bounds):
@@ -228,8 +204,7 @@ def _choose(
         below = bounds[at + 1] if at + 1 < len(bounds) else np.iinfo(np.int64).max
         chosen = of_group & (store.lengths >= max(least, config.min_length)) & (store.lengths < below)
         if weight:
-            name = (group or "all") + (f", {least} tokens and more" if least else "")
-            yield name, np.flatnonzero(chosen), weight
+            yield np.flatnonzero(chosen), weight
 
 
 def _row_shares(parts: list[_Part], of_full: float = 1.0) -> np.ndarray:

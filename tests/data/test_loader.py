@@ -218,12 +218,13 @@ def test_documents_about_as_long_as_a_row(tmp_path: Path) -> None:
     assert np.sort(seen[seen != EOS]).tolist() == list(range(1, sum(lengths) + 1))
 
 
-def test_token_ids_that_were_damaged_on_disk_are_refused(store: TokenStore, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [b"\xff\xff\xff\xff", (1 << 20).to_bytes(4, "little")], ids=["largest", "first"])
+def test_token_ids_that_were_damaged_on_disk_are_refused(store: TokenStore, tmp_path: Path, damage: bytes) -> None:
     """The store is opened without its shards being read: a GPU would end at such an id without a word."""
     path = tmp_path / "damaged"
     shutil.copytree(store.path, path)
     for shard in path.glob("*.tokens"):
-        shard.write_bytes(b"\xff" * shard.stat().st_size)
+        shard.write_bytes(damage * (shard.stat().st_size // 4))
     with pytest.raises(
         ValueError, match=r"damaged holds the token id \d+, in a vocabulary of \d+: .* prepare it again"
     ):

@@ -170,6 +170,32 @@ def test_lengths_are_weighted_within_a_source(store: TokenStore) -> None:
     assert not seen[store.sources == 2].any()
 
 
+@pytest.mark.parametrize("full_rows", [None, 0.3])
+def test_each_length_class_has_its_own_weight(store: TokenStore, full_rows: float | None) -> None:
+    """A document of just a class's length belongs to it. Beside them, full rows have a weight of their own."""
+    bounds = np.sort(store.lengths[store.sources == 1])[[10, 20]].tolist()
+    weights = {bounds[0]: 4.0, bounds[1]: 0.5}
+    mix = build_mix(store, 50, 0, MixConfig(weights={"code": 1.0}, length_weights=weights, full_rows=full_rows))
+    classes = np.searchsorted(bounds, store.lengths, side="right")
+    rates: dict[tuple[int, bool], float] = {}
+    covered = np.zeros(len(store), np.int64)
+    for pool in mix.pools:
+        rows = range(pool.first, pool.first + pool.count)
+        there = [span for row in rows for span in spans(mix, row)]
+        (length_class,) = {classes[document] for document, _, _ in there}
+        full = full_rows is not None and bool(mix.rows.is_full[pool.first])
+        rates[length_class, full] = pool.share / pool.count
+        np.add.at(covered, [document for document, _, _ in there], [length for _, _, length in there])
+    assert (covered == np.where(store.sources == 1, store.lengths, 0)).all()
+    for full in {full for _, full in rates}:
+        found = {length_class: rate for (length_class, its_own), rate in rates.items() if its_own is full}
+        assert {c: rate / found[2] for c, rate in found.items()} == pytest.approx(
+            {c: (1.0, 4.0, 0.5)[c] / 0.5 for c in found}, rel=0.1
+        )  # a class's last row is not full
+    if full_rows is not None:
+        assert mix.full_share == pytest.approx(full_rows, abs=1e-6)
+
+
 @pytest.mark.parametrize("weights", [{}, {"books": 0.5, "code": 0.5}, {"books": 0.8, "notes": 0.2}], ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.4])
 def test_share_of_full_rows(store: TokenStore, weights: dict[str, float], share: float) -> None:
@@ -222,6 +248,7 @@ def test_loader_with_a_mix(store: TokenStore) -> None:
         ({"min_length": 10_000}, r"leaves no document of the data to draw: lower min_length=10000"),
         ({"min_length": 100, "weights": {"notes": 1.0}}, "leaves no document of source 'notes' to draw"),
         ({"most_padding": 0.0}, r"most_padding=0\.0: must be above 0, up to 1"),
+        ({"most_padding": 1.5}, r"most_padding=1\.5: must be above 0, up to 1"),
         ({"full_rows": 1.5}, r"full_rows=1\.5: must be from 0 to 1"),
         ({"full_rows": 0.5, "weights": {"notes": 1.0}}, r"full_rows=0\.5: at context_length=80 .* 0\.000 to 0\.000"),
         ({"full_rows": 1.0, "weights": {"notes": 1.0, "books": 3.0}}, r"the documents allow 0\.000 to 0\.7\d\d"),
