@@ -8,30 +8,11 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from moba_train.bench.steps import KERNELS
+
 # In this order: the first group with a name that occurs in the kernel's takes it.
 GROUPS = {
-    "attention": (
-        "sdpa",
-        "flash_fwd",
-        "flash_bwd",
-        "fmha",
-        "pool_kernel",
-        "select_kernel",
-        "select_hopper_kernel",
-        "_rank_kernel",
-        "_total_kernel",
-        "_place_kernel",
-        "_scatter_kernel",
-        "route_",
-        "_tile_lists_kernel",
-        "_find_lists_kernel",
-        "routed_",
-        "resident_",
-        "merge",
-        "row_dot",
-        "key_value_",
-        "pad_lists",
-    ),
+    "attention": ("sdpa", "flash_fwd", "flash_bwd", "fmha", *(name for names in KERNELS.values() for name in names)),
     "matmul": ("gemm", "nvjet", "cutlass", "cublas", "xmma"),
     "loss": ("cross_entropy",),
     "optimizer": ("FusedAdam", "fused_adam", "adam", "LpNorm", "multi_tensor"),
