@@ -81,22 +81,27 @@ def check_source(source: SourceConfig, tokenizer: Tokenizer) -> None:
     name = f"source {source.name!r}"
     if source.max_tokens is not None and source.max_tokens < 1:
         raise ValueError(f"{name} has max_tokens={source.max_tokens}: give it at least 1, or leave the source out")
-    records = source.format not in (SourceFormat.text, SourceFormat.repository)
     kinds = [field for field in ("group_field", "files_field", "token_field") if getattr(source, field)]
-    if len(kinds) > 1 or (kinds and not records):
+    if kinds and source.format in (SourceFormat.text, SourceFormat.repository):
         raise ValueError(
-            f"{name} has {' and '.join(kinds)}: each is of records, and of the three there is one: unset it"
+            f"{name} has {' and '.join(kinds)} with format {source.format.value}, which has no fields: unset it"
         )
+    if len(kinds) > 1:
+        raise ValueError(f"{name} has {' and '.join(kinds)}: a source has at most one of these; unset the others")
     if source.format is SourceFormat.mds and kinds not in ([], ["token_field"]):
-        raise ValueError(f"{name} has {kinds[0]}={getattr(source, kinds[0])}, which format mds has not: unset it")
+        raise ValueError(
+            f"{name} has {kinds[0]}={getattr(source, kinds[0])}, which is not read with format mds: unset it"
+        )
     if source.span_field and not (source.token_field and source.format is SourceFormat.mds):
         raise ValueError(
-            f"{name} has span_field={source.span_field}, for the token_field of format mds alone: unset it"
+            f"{name} has span_field={source.span_field}, which goes with format mds and a token_field: unset it"
         )
     if not source.token_field:
         return
     if not source.tokenizer:
-        raise ValueError(f"{name} has token ids (token_field={source.token_field}): set its tokenizer, that made them")
+        raise ValueError(
+            f"{name} has token ids (token_field={source.token_field}): set its tokenizer to the one that made them"
+        )
     if load_tokenizer(source.tokenizer).text_sha256() != tokenizer.text_sha256():
         raise ValueError(
             f"{name} holds token ids of {source.tokenizer}, and the model's tokenizer {tokenizer.path} gives others: "

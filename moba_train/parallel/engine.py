@@ -94,8 +94,8 @@ def check_disk(offload: OffloadConfig) -> None:
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if not all(re.fullmatch(r"\d+\.\d+(\+PTX)?", each) for each in architectures.replace(";", " ").split()):
         raise ValueError(
-            f"TORCH_CUDA_ARCH_LIST={architectures} and train.offload with nvme, for which DeepSpeed compiles and reads "
-            f"numbers alone: set it to such as 9.0, or unset it"
+            f"TORCH_CUDA_ARCH_LIST={architectures} with train.offload on nvme: DeepSpeed compiles a part for that, and "
+            f"takes plain numbers alone; set it to a number such as 9.0, or unset it"
         )
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from moba_train import embedded
-from moba_train.config import SourceConfig
+from moba_train.config import SourceConfig, SourceFormat
+from moba_train.data import inputs
 from moba_train.data.store import TokenStore
+from moba_train.data.tokenizer import load_tokenizer
 from moba_train.data.tokens import prepare_store
 from small_stores import DATA, SMOLLM2, TOKENIZER, config, jsonl, some_texts
 
@@ -144,3 +146,30 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     (folder / "inputs.json").write_text("{")
     with pytest.raises(ValueError, match=r"inputs\.json is damaged \(Expecting .*\); delete \S+ and prepare it again"):
         prepare_store(data, TOKENIZER, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("format", "fields", "message"),
+    [
+        ("text", {"group_field": "repo"}, "has group_field with format text, which has no fields: unset it"),
+        ("repository", {"token_field": "ids"}, "has token_field with format repository, which has no fields: unset"),
+        ("jsonl", {"group_field": "repo", "files_field": "files"}, "has group_field and files_field: a source has at"),
+        ("mds", {"files_field": "files"}, "has files_field=files, which is not read with format mds: unset it"),
+        (
+            "jsonl",
+            {"token_field": "ids", "span_field": "spans"},
+            "has span_field=spans, which goes with format mds and",
+        ),
+        (
+            "mds",
+            {"span_field": "spans"},
+            "has span_field=spans, which goes with format mds and a token_field: unset it",
+        ),
+        ("jsonl", {"token_field": "ids"}, r"\(token_field=ids\): set its tokenizer to the one that made them"),
+        ("text", {"max_tokens": 0}, "has max_tokens=0: give it at least 1, or leave the source out"),
+    ],
+)
+def test_settings_of_a_source_that_do_not_go_together(format: str, fields: dict[str, object], message: str) -> None:
+    source = SourceConfig(name="mine", format=SourceFormat[format], **fields)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"source 'mine' .*{message}"):
+        inputs.check_source(source, load_tokenizer(TOKENIZER))

@@ -169,12 +169,6 @@ def test_token_ids_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
         prepared(tmp_path, SMOLLM2, source(tmp_path / "a"))
     with pytest.raises(ValueError, match=r"source 'mine' has token ids \(token_field=input_ids\): set its tokenizer"):
         prepared(tmp_path, TOKENIZER, source(tmp_path / "a", tokenizer=None))
-    with pytest.raises(
-        ValueError, match=r"source 'mine' has group_field and token_field: .* of the three there is one"
-    ):
-        prepared(tmp_path, TOKENIZER, source(tmp_path / "a", group_field="domain"))
-    with pytest.raises(ValueError, match="has files_field=files, which format mds has not"):
-        prepared(tmp_path, TOKENIZER, source(tmp_path / "a", files_field="files", token_field=None, span_field=None))
     write(tmp_path / "b", COLUMNS, {"b.mds": [packed([4096])]})
     with pytest.raises(ValueError, match="token id 4096 in a vocabulary of 4096"):
         prepared(tmp_path, TOKENIZER, source(tmp_path / "b"))
@@ -209,7 +203,3 @@ def test_token_ids_in_other_formats(tmp_path: Path) -> None:
     )
     assert [None if one.tokens is None else one.tokens.tolist() for one in found] == [*rows[:3], None, None, None]
     assert all("'input_ids' holds no row of token ids" in one.problem for one in found[3:])
-    config = SourceConfig(name="a", format=SourceFormat.jsonl, path=str(tmp_path / "a.jsonl"), token_field="input_ids")
-    config.span_field, config.tokenizer = "indices", TOKENIZER
-    with pytest.raises(ValueError, match="span_field=indices, for the token_field of format mds alone"):
-        prepared(tmp_path, TOKENIZER, config)
