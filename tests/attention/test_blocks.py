@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from attention.cases import DEVICES
-from moba_train.attention.blocks import cut
+from moba_train.attention.blocks import cut, most_blocks
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize(
     ("lengths", "bounds", "first"),
     [
@@ -18,16 +19,26 @@ from moba_train.attention.blocks import cut
     ],
     ids=["tail", "whole", "one_token", "empty_segments"],
 )
-def test_bounds(device, lengths, bounds, first):
+def test_bounds(device, compiling, lengths, bounds, first, monkeypatch):
+    """On a GPU, and while torch.compile traces, the number of blocks is not known, but the most there can be."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     tokens = sum(lengths)
     cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
     blocks = cut(cu_seqlens, 4, tokens)
+    known = device == "cpu" and not compiling
+    assert len(blocks.first) == (len(first) if known else most_blocks(cu_seqlens, 4, tokens))
     assert blocks.bounds.dtype == blocks.first.dtype == blocks.of_token.dtype == torch.int32
     assert blocks.bounds[: len(bounds)].tolist() == bounds
     assert (blocks.bounds[len(bounds) :] == tokens).all()
     assert blocks.first[: len(first)].tolist() == first
     expected = [n for n in range(len(first)) for _ in range(bounds[n], bounds[n + 1])]
     assert blocks.of_token.tolist() == expected
+
+
+@pytest.mark.parametrize(("lengths", "most"), [([10], 3), ([8], 3), ([1, 1, 1], 3), ([5, 9, 1], 6), ([0, 4], 3)])
+def test_the_most_blocks_that_so_many_segments_can_have(lengths, most):
+    """A whole block for every so many tokens, and a short one for each segment."""
+    assert most_blocks(torch.tensor([0, *lengths]).cumsum(0).int(), 4, sum(lengths)) == most
 
 
 def test_bounds_made_in_inference_mode_are_cut_too():
