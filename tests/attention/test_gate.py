@@ -6,7 +6,7 @@ import torch
 from attention.cases import CASES, DEVICES, Case
 from moba_train.attention import AttentionSpec, gate
 from moba_train.attention.blocks import cut
-from moba_train.attention.gate import choose
+from moba_train.attention.gate import choose, exact_matmul
 
 
 def chosen(query, key, lengths, block_size, top_k):
@@ -110,3 +110,15 @@ def test_many_blocks_need_wider_indices():
 def test_choices_carry_no_gradient():
     query, key, _, _ = Case("gradient", (40,)).tensors()
     assert not chosen(query.requires_grad_(), key.requires_grad_(), (40,), 16, 2).requires_grad
+
+
+def test_products_are_exact_whatever_surrounds_the_gate():
+    """Of a CPU without bf16 matrix units the result would not tell."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu"), exact_matmul(torch.device("cpu")):
+            assert torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled("cpu")
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
