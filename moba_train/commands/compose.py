@@ -22,9 +22,9 @@ from moba_train import embedded
 from moba_train.commands.refusals import check_options, one_line, yaml_line
 from moba_train.config import Config
 from moba_train.resolved import RESUMABLE
+from moba_train.validate import LONGEST_NAME
 
 _SWEPT = "MOBA_TRAIN_SWEPT"
-_LONGEST_NAME = 120  # of a sweep's run directory; file systems stop at 255 bytes
 _INDEX = re.compile(r"\[(\d+)\]")
 _ENTRY = re.compile(r"^[^=]*\.\d+\.")  # an override of one setting of a list's entry
 
@@ -125,10 +125,10 @@ def _sweep_point(number: int, tasks: ListConfig, name: str | None) -> str:
     overrides = ",".join(kept) or "point"
     safe = re.sub(r"[^A-Za-z0-9._=,+-]", "-", overrides)
     if name is None:
-        return f"{number}_{safe}"[:_LONGEST_NAME]
-    if safe == overrides and len(safe) <= _LONGEST_NAME:
+        return f"{number}_{safe}"[:LONGEST_NAME]
+    if safe == overrides and len(safe) <= LONGEST_NAME:
         return safe
-    return f"{safe[:_LONGEST_NAME]}-{sha256(overrides.encode()).hexdigest()[:8]}"
+    return f"{safe[:LONGEST_NAME]}-{sha256(overrides.encode()).hexdigest()[:8]}"
 
 
 def _note_swept(overrides: list[str]) -> None:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from moba_train import embedded
+from moba_train import durable, embedded
 from moba_train.config import DataConfig, SourceConfig, SourceFormat
 from moba_train.data import repositories
 from moba_train.data.documents import SourceFile, find_files
@@ -146,8 +146,7 @@ def sha256(source: SourceConfig, file: SourceFile) -> str:
     """Of a file; of a repository's folder, over the names and contents that are read from it."""
     try:
         if not file.path.is_dir():
-            with file.path.open("rb") as stream:
-                return hashlib.file_digest(stream, "sha256").hexdigest()
+            return durable.sha256(file.path)
         read = repositories.files(source, file.path)
         parts = sorted((name, hashlib.sha256(content).hexdigest()) for name, content in read)
     except OSError as error:

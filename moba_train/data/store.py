@@ -93,9 +93,7 @@ class TokenStore:
         for shard in self.manifest["shards"]:
             for suffix, digest in shard["sha256"].items():
                 file = self.path / f"{shard['name']}.{suffix}"
-                with file.open("rb") as stream:
-                    found = hashlib.file_digest(stream, "sha256").hexdigest()
-                if found != digest:
+                if (found := durable.sha256(file)) != digest:
                     raise ValueError(f"{file}: sha256 {found}, not {digest}; delete {self.path} and prepare it again")
 
 
