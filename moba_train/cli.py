@@ -8,6 +8,7 @@ import os
 import sys
 
 from moba_train import __version__
+from moba_train.parallel.interruption import ctrl_c
 
 VERBS = {
     "train": "train, or sweep with --multirun",
@@ -52,7 +53,8 @@ def run(arguments: list[str]) -> int:
         return 0
     _configure_logging()
     try:
-        return command.main(rest)
+        with ctrl_c():
+            return command.main(rest)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def read(path: Path) -> DictConfig:
     try:
         composed = OmegaConf.load(path)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}): restore it") from None
     if not isinstance(composed, DictConfig) or not composed:
         raise ValueError(f"{path} holds no settings: choose another run.name, or remove the file")
     return composed
@@ -173,10 +174,14 @@ def differences(before: Config, after: Config) -> list[str]:
     """Settings that differ and would make the continued run another run, as ``key: before -> after``."""
     old, new = (_flat(config) for config in (before, after))
     return [
-        f"{key}: {old.get(key)} -> {new.get(key)}"
+        f"{key}: {_shown(old.get(key))} -> {_shown(new.get(key))}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not key.startswith(RESUMABLE) and not _DOCUMENTS.fullmatch(key)
     ]
+
+
+def _shown(value: Any) -> str:
+    return value.name if isinstance(value, Enum) else str(value)
 
 
 def _flat(config: Config) -> dict[str, Any]:

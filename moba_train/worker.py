@@ -31,7 +31,7 @@ import torch.distributed as dist
 from moba_train import metrics_file, resolved, result_file
 from moba_train.config import Config, OffloadDevice
 from moba_train.parallel import lifetime
-from moba_train.parallel.interruption import Interrupted
+from moba_train.parallel.interruption import Interrupted, ctrl_c
 from moba_train.parallel.supervise import INTERRUPTED
 from moba_train.run import Run, build
 from moba_train.runtime import finish, start
@@ -57,13 +57,14 @@ def main() -> int:
     claimed = None
     code = 1
     try:
-        config = resolved.load(arguments.config)
-        runtime = start(config.launch, config.train.sequence_parallel_size)
-        claimed = lifetime.inherit_or_claim(folder) if runtime.is_main else None
-        run = build(config, folder, runtime)
-        train(run)
-        if runtime.is_main:
-            write_result(run)
+        with ctrl_c():
+            config = resolved.load(arguments.config)
+            runtime = start(config.launch, config.train.sequence_parallel_size)
+            claimed = lifetime.inherit_or_claim(folder) if runtime.is_main else None
+            run = build(config, folder, runtime)
+            train(run)
+            if runtime.is_main:
+                write_result(run)
         code = 0
     except ValueError as error:
         _tell(str(error))

@@ -302,11 +302,15 @@ def test_a_closed_output_is_no_traceback(monkeypatch) -> None:
         cli.main()
 
 
-def test_ctrl_c_is_no_traceback(monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("clean_up", [lambda: None, lambda: None.fails], ids=["clean", "a library's clean-up fails"])
+def test_ctrl_c_is_no_traceback(monkeypatch, capsys, clean_up) -> None:
     from moba_train.commands import report
 
     def interrupted(arguments: list[str]) -> int:
-        raise KeyboardInterrupt
+        try:
+            raise KeyboardInterrupt
+        finally:
+            clean_up()
 
     monkeypatch.setattr(report, "main", interrupted)
     assert cli.run(["report", "run=/nope"]) == 130

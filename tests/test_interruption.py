@@ -95,6 +95,21 @@ def test_an_error_names_rank_and_machine(monkeypatch, capsys, rank: int, machine
     assert capsys.readouterr().err == f"error: {place}no memory\n"
 
 
+def test_ctrl_c_in_a_rank_is_no_traceback(monkeypatch, tmp_path: Path) -> None:
+    """OmegaConf's clean-up fails over it now and then, as here."""
+
+    def interrupted(file: Path) -> Config:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise AttributeError(file)
+
+    monkeypatch.setattr(resolved, "load", interrupted)
+    monkeypatch.setattr(sys, "argv", ["worker", "--config", str(tmp_path / "resolved.yaml")])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert worker.main() == 130
+
+
 @pytest.fixture
 def two_ranks(tiny_config: Config) -> Config:
     tiny_config.launch.processes = 2

@@ -247,7 +247,7 @@ def test_rebuilt_in_place(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("resolved.yaml", "run: [", r"resolved\.yaml cannot be read: while parsing"),
+        ("resolved.yaml", "run: [", r"resolved\.yaml cannot be read \(while parsing.*\): restore it"),
         ("result.json", "{", r"result\.json is damaged: remove it"),
         ("result.json", "{}", r"result\.json is damaged: remove it"),
         ("result.json", '{"points": []}', r"result\.json is damaged: remove it"),

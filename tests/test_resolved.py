@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from moba_train import preflight, resolved, worker
 from moba_train.config import (
+    AttentionKind,
     Config,
     FusedKernels,
     OffloadDevice,
@@ -149,6 +150,7 @@ def test_what_may_not_differ(rich: Config, tmp_path: Path) -> None:
     other = resolved.load(file)
     other.run.seed = 1
     other.attention.top_k = 3
+    other.attention.kind = AttentionKind.full
     other.schedule.stages[0].tokens = 4096
     other.schedule.stages[1].rope = RopeConfig()
     other.model.architecture["hidden_size"] = 64
@@ -157,4 +159,4 @@ def test_what_may_not_differ(rich: Config, tmp_path: Path) -> None:
     assert {"run.seed", "attention.top_k", "schedule.stages.0.tokens", "model.architecture.hidden_size"} <= set(named)
     assert any(name.startswith("schedule.stages.1.rope") for name in named)
     assert any(name.startswith("data.train") for name in named)
-    assert "attention.top_k: 2 -> 3" in resolved.differences(rich, other)
+    assert {"attention.top_k: 2 -> 3", "attention.kind: moba -> full"} <= set(resolved.differences(rich, other))

@@ -6,6 +6,8 @@ Schedulers send SIGTERM, SIGUSR1 or SIGUSR2 before a time limit or a preemption,
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -28,3 +30,18 @@ class Interruption:
 
     def _note(self, number: int, _frame) -> None:
         self.number = self.number or number
+
+
+@contextmanager
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C stays a KeyboardInterrupt where a library, cleaning up after it, fails with an error of its own, as
+    OmegaConf does."""
+    try:
+        yield
+    except Exception as error:
+        earlier: BaseException | None = error
+        while earlier is not None:
+            if isinstance(earlier, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            earlier = earlier.__context__
+        raise
