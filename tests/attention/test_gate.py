@@ -47,9 +47,14 @@ def test_tiles_change_nothing(device, monkeypatch):
     case = Case("tiled", (130, 1, 0, 75))
     query, key, _, _ = case.tensors(device)
     whole = chosen(query, key, case.lengths, 16, 4)
+    sizes, scores_of = [], gate._scores
+    monkeypatch.setattr(gate, "_scores", lambda *given: sizes.append((s := scores_of(*given)).numel()) or s)
     for scores in (1, 700, 5000):
         monkeypatch.setitem(gate.TILE_SCORES, device, scores)
         assert torch.equal(chosen(query, key, case.lengths, 16, 4), whole)
+        one_query = 4 * 20  # heads x blocks, and room for more of them on a GPU
+        assert max(sizes) <= max(scores, one_query) and len(sizes) > 1
+        sizes.clear()
 
 
 @pytest.mark.parametrize("device", DEVICES)
