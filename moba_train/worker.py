@@ -54,7 +54,7 @@ def main() -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the launcher ends this rank so, and nohup is not to keep it
     run: Run | None = None
-    claimed = None
+    config, claimed = None, None
     code = 1
     try:
         with ctrl_c():
@@ -66,31 +66,19 @@ def main() -> int:
             if runtime.is_main:
                 write_result(run)
         code = 0
-    except ValueError as error:
-        _tell(str(error))
-        code = 2
     except Interrupted as interrupted:
         if _rank() == 0:
             print(interrupted, file=sys.stderr, flush=True)
         code = interrupted.exit_code
-    except FloatingPointError as error:
-        _tell(str(error))
-        code = 3
-    except torch.OutOfMemoryError as error:
-        _tell(_out_of_memory(error, config))
-        code = 4
-    except OSError as error:  # a full disk under metrics.jsonl or the export
-        if error.errno not in (*_DISK, *_IN_THE_WAY):
-            _give_way()
-            raise
-        fix = "make room, or mend the disk" if error.errno in _DISK else "move away what is there"
-        where = error.filename2 or error.filename or folder
-        _tell(f"{where} cannot be written ({error.strerror}): {fix}, and go on with run.resume=auto")
     except KeyboardInterrupt:
         code = 130
-    except Exception:  # also a collective that broke off because another rank has ended
-        _give_way()
-        raise
+    except Exception as error:
+        explained = _explain(error, config, folder)
+        if explained is None:  # also a collective that broke off because another rank has ended
+            _give_way()
+            raise
+        code, message = explained
+        _tell(message)
     finally:
         if run is not None and run.tracker is not None:
             with suppress(OSError):  # of a row that the disk has refused before, which has been told
@@ -101,6 +89,21 @@ def main() -> int:
     if claimed is not None:
         claimed.close()
     return code
+
+
+def _explain(error: Exception, config: Config | None, folder: Path) -> tuple[int, str] | None:
+    """The exit code and the line for an error that the user can mend; None for another."""
+    if isinstance(error, ValueError):
+        return 2, str(error)
+    if isinstance(error, FloatingPointError):
+        return 3, str(error)
+    if isinstance(error, torch.OutOfMemoryError) and config is not None:
+        return 4, _out_of_memory(error, config)
+    if isinstance(error, OSError) and error.errno in (*_DISK, *_IN_THE_WAY):  # under metrics.jsonl or the export
+        fix = "make room, or mend the disk" if error.errno in _DISK else "move away what is there"
+        where = error.filename2 or error.filename or folder
+        return 1, f"{where} cannot be written ({error.strerror}): {fix}, and go on with run.resume=auto"
+    return None
 
 
 def _out_of_memory(error: torch.OutOfMemoryError, config: Config) -> str:
