@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -70,23 +73,33 @@ def test_more_than_the_longest_segment_has_takes_no_room(block_size, top_k):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("block_size", [16, 90])
 def test_ranges_of_tokens_change_nothing(device, block_size, monkeypatch):
-    """A small workspace makes many ranges, of one block at least; documents and tails fall across them."""
+    """A small workspace makes many ranges, of one block at least, whose partial outputs fit; documents and tails fall
+    across them."""
     case = Case("ranges", (330, 1, 0, 275, 33), block_size=block_size, top_k=5)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     tensors = case.tensors(device, dtype)
     expected = attend(varlen.varlen, case, case.spec, tensors)
+    slots = min(case.top_k, 329 // block_size + 1) - 1
     original, ranges = varlen._ranges, []
 
     def spy(*arguments):
         ranges.append(list(original(*arguments)))
         return ranges[-1]
 
-    monkeypatch.setattr(varlen, "WORKSPACE_ELEMENTS", 1)
     monkeypatch.setattr(varlen, "_ranges", spy)
-    assert_close(attend(varlen.varlen, case, case.spec, tensors), expected, TOLERANCE[dtype])
-    for direction in ranges:
-        assert len(direction) >= 4
-        assert [here.start for here, _ in direction[1:]] == [here.stop for here, _ in direction[:-1]]
+    for workspace, least in ((1, 4), (2 * tensors[0].numel(), 2)):  # at least as large as the query
+        monkeypatch.setattr(varlen, "WORKSPACE_ELEMENTS", workspace)
+        assert_close(attend(varlen.varlen, case, case.spec, tensors), expected, TOLERANCE[dtype])
+        assert len(ranges) == 2
+        for direction in ranges:
+            assert len(direction) >= least
+            assert [here.start for here, _ in direction[1:]] == [here.stop for here, _ in direction[:-1]]
+            token = slots * case.heads * case.head_dim  # of partial outputs
+            sizes = [(here.stop - here.start) * token for here, _ in direction]
+            room = max(workspace, tensors[0].numel(), block_size * token)
+            assert max(sizes) <= room
+            assert all(size + after > room - block_size * token for size, after in pairwise(sizes)), "too many"
+        ranges.clear()
 
 
 def test_many_segments_are_few_calls():
@@ -193,6 +206,22 @@ def test_refusals_name_the_reason():
     query = torch.zeros(4, 2, 8)
     assert varlen.refuses(query, query, FULL) is None
     assert "meta" in varlen.refuses(query.to("meta"), query, FULL)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "reason"),
+    [
+        (8, torch.bfloat16, None),
+        (256, torch.float16, None),
+        (60, torch.bfloat16, "head_dim up to 256 in multiples of 8, and query has 60"),
+        (264, torch.bfloat16, "head_dim up to 256 in multiples of 8, and query has 264"),
+        (64, torch.float32, "takes bfloat16 and float16, and query is torch.float32"),
+    ],
+)
+def test_what_cuda_takes(head_dim: int, dtype: torch.dtype, reason: str | None):
+    query = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(4, 2, head_dim))  # no GPU is needed
+    found = varlen.refuses(query, query, FULL)
+    assert found is None if reason is None else reason in found
 
 
 @pytest.mark.parametrize(
