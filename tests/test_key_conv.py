@@ -26,13 +26,13 @@ from tiny import TINY_LLAMA, checkpoint_tensors, run_forked
 MOBA = AttentionSpec("moba", block_size=16, top_k=2)
 
 
-def model_of(kind: str = "llama", width: int = 0, weights: bool = False, spec: AttentionSpec = MOBA):
+def model_of(kind: str = "llama", width: int = 0, weights: bool = False):
     torch.manual_seed(0)
     architecture = {**TINY_LLAMA, "model_type": kind, **({"sliding_window": None} if kind == "mistral" else {})}
     if kind == "qwen2":
         del architecture["head_dim"]  # no setting of its
     model = load_model(ModelConfig(architecture=architecture), Precision.fp32, width)
-    hf_attention.set_plan(model, [spec] * 3)
+    hf_attention.set_plan(model, [MOBA] * 3)
     if weights:
         for module in model.modules():
             if isinstance(module, KeyConvolution):

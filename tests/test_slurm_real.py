@@ -47,8 +47,8 @@ def submit(environment: dict[str, str], overrides: list[str], name: str, steps: 
     return re.findall(r"^job (\d+): its log is", done.stdout, re.MULTILINE)[0]
 
 
-def until(ready: Callable[[], object], folder: Path, seconds: float = 60) -> None:
-    limit = time.monotonic() + seconds
+def until(ready: Callable[[], object], folder: Path) -> None:
+    limit = time.monotonic() + 60
     while not ready():
         logs = "".join(file.read_text() for file in folder.glob("slurm-*.log"))
         assert time.monotonic() < limit, logs

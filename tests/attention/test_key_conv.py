@@ -11,9 +11,9 @@ from torch.nn.functional import conv1d, silu
 from moba_train.attention.key_conv import KeyConvolution, places
 
 
-def convolution(channels: int, width: int, seed: int = 0) -> KeyConvolution:
+def convolution(channels: int, width: int) -> KeyConvolution:
     made = KeyConvolution(channels, width)
-    torch.nn.init.normal_(made.weight, generator=torch.Generator().manual_seed(seed))
+    torch.nn.init.normal_(made.weight, generator=torch.Generator().manual_seed(0))
     return made
 
 

@@ -63,11 +63,14 @@ def test_memory_grows_with_tokens_not_their_square():
 
 
 @pytest.mark.parametrize(("block_size", "top_k"), [(16, 10**12), (10**12, 3)])
-def test_more_than_the_longest_segment_has_takes_no_room(block_size, top_k):
+def test_more_than_the_longest_segment_has_takes_no_room(block_size, top_k, monkeypatch):
     case = Case("all", (70, 33), block_size=block_size, top_k=top_k)
     clipped = Case("all", (70, 33), block_size=min(block_size, 70), top_k=min(top_k, 5))
     expected = attend(reference, clipped, clipped.spec, case.tensors())
+    asked, choose = [], varlen.varlen_choose
+    monkeypatch.setattr(varlen, "varlen_choose", lambda *given: asked.append(given[3:]) or choose(*given))
     assert_close(attend(varlen.varlen, case, case.spec, case.tensors()), expected, 1e-5)
+    assert asked == [(clipped.block_size, 1 if clipped.block_size == 70 else 5)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
