@@ -191,6 +191,7 @@ def verify(path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
+    """What ``save`` was given as ``state``, and the layout of the engine's files."""
     return json.loads((path / "state.json").read_text())
 
 

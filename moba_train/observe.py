@@ -34,12 +34,14 @@ class OwnTime:
 
     @contextmanager
     def on_host(self) -> Iterator[None]:
+        """What is done inside is this rank's own, and ends on the host."""
         began = time.perf_counter()
         yield
         self._host += time.perf_counter() - began
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
+        """What is queued inside is this rank's own; on a GPU the time from its first kernel to its last."""
         if not self._cuda:
             with self.on_host():
                 yield

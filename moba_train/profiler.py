@@ -23,6 +23,12 @@ class StepProfiler:
         self._profile: profile | None = None
 
     def before(self, step: int, slowest: int) -> None:
+        """Begin to trace, if ``step``, which comes next, is the first to be traced.
+
+        Args:
+            step: counted from 1
+            slowest: the rank that was slowest in the step before
+        """
         if self._steps and step == self._steps[0] and self._runtime.rank in (0, slowest):
             activities = [ProfilerActivity.CPU]
             if self._runtime.device.type == "cuda":
@@ -31,6 +37,7 @@ class StepProfiler:
             self._profile.start()
 
     def after(self, step: int) -> None:
+        """Write the trace, if ``step`` was the last to be traced."""
         if self._profile is None or step != self._steps[1]:
             return
         if self._runtime.device.type == "cuda":

@@ -91,6 +91,7 @@ def evaluate(run: Run, point: str) -> None:
 
 
 def log_step(run: Run, row: dict[str, Any], peers: Peers) -> None:
+    """The row of a training step: its losses and learning rate in ``row``, and how fast it was on all ranks."""
     assert run.stage is not None
     perf = {
         **run.throughput.as_row(),

@@ -269,6 +269,8 @@ class CheckpointConfig:
 
 @dataclass
 class WandbConfig:
+    """Weights & Biases. Unset fields are its own defaults."""
+
     mode: WandbMode = WandbMode.auto
     project: str = "moba_train"
     entity: str | None = None
@@ -278,6 +280,8 @@ class WandbConfig:
 
 @dataclass
 class Config:
+    """A whole run, group by group, as on the command line."""
+
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)

@@ -39,6 +39,7 @@ class Record(NamedTuple):
 
 
 def open_compressed(path: Path, raw: BinaryIO) -> BinaryIO:
+    """The content of ``raw``, unpacked as the ending of ``path`` (.gz, .xz, .zst) says; any other as it is."""
     if path.suffix == ".gz":
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
     if path.suffix == ".xz":
@@ -50,6 +51,12 @@ def open_compressed(path: Path, raw: BinaryIO) -> BinaryIO:
 
 
 def read_text(source: SourceConfig, path: Path) -> Iterator[Record]:
+    """The whole file as one record, without a byte order mark and with LF line ends; bytes that are not of the source's
+    encoding make it a bad one.
+
+    Raises:
+        ValueError: an encoding that Python does not know.
+    """
     with path.open("rb") as raw:
         content = open_compressed(path, raw).read()
     encoding = "utf-8-sig" if source.encoding.lower().replace("-", "") == "utf8" else source.encoding
@@ -63,6 +70,11 @@ def read_text(source: SourceConfig, path: Path) -> Iterator[Record]:
 
 
 def read_jsonl(source: SourceConfig, path: Path) -> Iterator[Record]:
+    """A record a line that is not empty, bad where it is no JSON object or lacks a field.
+
+    Raises:
+        ValueError: the first line lacks a field: so will the others.
+    """
     size = max(1, path.stat().st_size)
     with path.open("rb") as raw:
         for row, line in enumerate(open_compressed(path, raw)):
@@ -91,6 +103,11 @@ def read_jsonl(source: SourceConfig, path: Path) -> Iterator[Record]:
 
 
 def read_parquet(source: SourceConfig, path: Path) -> Iterator[Record]:
+    """A record a row; of the columns only those that are wanted are read.
+
+    Raises:
+        ValueError: the file lacks one of them.
+    """
     with pyarrow.parquet.ParquetFile(path) as file:
         check_fields(source, path, file.schema_arrow.names)
         batches = file.iter_batches(batch_size=ROWS_AT_ONCE, columns=fields_of(source))
@@ -98,6 +115,7 @@ def read_parquet(source: SourceConfig, path: Path) -> Iterator[Record]:
 
 
 def read_arrow(source: SourceConfig, path: Path) -> Iterator[Record]:
+    """As ``read_parquet``, of Arrow's stream or file format."""
     with pyarrow.memory_map(str(path)) as stream:
         try:
             reader: Any = pyarrow.ipc.open_stream(stream)  # what `datasets` writes

@@ -144,6 +144,7 @@ class RowLoader:
         }
 
     def state_dict(self) -> dict[str, int]:
+        """The rows that all ranks together have taken, which is the whole state."""
         return {"rows": self._rows_taken}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

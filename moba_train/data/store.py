@@ -64,6 +64,10 @@ class TokenStore:
 
     @classmethod
     def open(cls, path: str | Path) -> TokenStore:
+        """
+        Raises:
+            ValueError: no store, an unfinished or a damaged one, or one of another format.
+        """
         path = Path(path)
         file = path / MANIFEST
         if not file.is_file():

@@ -47,12 +47,21 @@ class Tally:
             setattr(self, fate, getattr(self, fate) + 1)
 
     def add_bad(self, source: SourceConfig, problem: str) -> None:
+        """Count a bad record.
+
+        Raises:
+            ValueError: as ``check``, from the eleventh on.
+        """
         self.bad += 1
         self.first_bad = self.first_bad or problem
         if self.bad > 10:  # too few to judge by until the source's end
             self.check(source)
 
     def check(self, source: SourceConfig) -> None:
+        """
+        Raises:
+            ValueError: more than MOST_DROPPED of the records are bad; names the first one's place and fault.
+        """
         if self.bad > MOST_DROPPED * self.records:
             raise ValueError(
                 f"source {source.name!r}: {self.bad} of {self.records} records are bad, above {MOST_DROPPED:.1%}; "

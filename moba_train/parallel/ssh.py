@@ -44,6 +44,9 @@ class Remote:
         return self._process.poll()
 
     def send(self, number: int) -> None:
+        """Pass a signal on. SIGHUP and SIGKILL end the connection, and with it the machine's ranks; where that does not
+        end within _CLOSE_SECONDS, the next of them ends ssh itself.
+        """
         assert self._process.stdin is not None
         if self._process.returncode is not None:
             return

@@ -16,6 +16,7 @@ from moba_train.tracking import format_amount
 
 
 def comparison_page(runs: list[Run], paths: list[Path]) -> tuple[str, list[Picture]]:
+    """The HTML of the page and its pictures; ``paths`` are where the runs were found, for titles and captions."""
     where = ", ".join(path.name for path in paths)
     names = _short_names(runs)
     pictures, sections = [], [Section("Runs", [_runs_table(runs, names)])]

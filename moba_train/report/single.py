@@ -13,6 +13,7 @@ from moba_train.tracking import format_amount, format_duration
 
 
 def single_page(run: Run) -> tuple[str, list[Picture]]:
+    """The HTML of the page and its pictures."""
     source = f"{run.path.name}/metrics.jsonl"
     pictures, sections = [], []
     if run.train_rows:
