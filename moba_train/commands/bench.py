@@ -4,7 +4,7 @@ moba-train bench                                      on a GPU from 32K to 1M to
 moba-train bench cases=[c32k,c64k] backends=[triton,flash_moba,moonshot]
 moba-train bench tokens=[8192,65536] heads=32 kv_heads=8 head_dim=64 block_size=256 top_k=4
 
-cases       c32k, c64k, c128k, c512k, c1m: sequences of that many tokens, see moba_train/bench/cases.py
+cases       on a GPU: c32k, c64k, c128k, c512k, c1m, sequences of that many tokens, see moba_train/bench/cases.py
 tokens      lengths of one's own, with sequences (1), heads, kv_heads, head_dim, block_size, top_k and dtype (bf16,
             fp16, fp32)
 backends    triton (the default on a GPU), varlen (the default on a CPU), reference, and the packages flash_moba and
@@ -119,7 +119,8 @@ def _device(given: BenchArguments) -> torch.device:
 def chosen_cases(given: BenchArguments, device: torch.device) -> list[Case]:
     """
     Raises:
-        ValueError: an unknown name, a size that cannot be used, or sizes without ``tokens``.
+        ValueError: an unknown name, one of these cases without a GPU, a size that cannot be used, or sizes without
+            ``tokens``.
     """
     from moba_train.bench.cases import CASES, CPU_LENGTHS, CPU_SIZES, CUDA_SIZES, Case
 
@@ -133,6 +134,11 @@ def chosen_cases(given: BenchArguments, device: torch.device) -> list[Case]:
         lengths = list(CPU_LENGTHS)
     if not lengths and (own or given.sequences != 1):
         raise ValueError(f"{', '.join(own) or 'sequences'} without tokens: give tokens=[…], the lengths to measure")
+    if given.cases and device.type == "cpu":
+        raise ValueError(
+            f"cases={given.cases[0]} on a CPU: dense attention would take hours there; run it on a GPU, or give "
+            f"tokens=[…], the lengths to measure"
+        )
     if not lengths and not given.cases:
         return list(CASES.values())
     made = [Case(f"{length:,}", given.sequences, length, **{**sizes, **own}) for length in lengths]

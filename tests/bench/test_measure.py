@@ -112,6 +112,7 @@ def test_what_is_measured_where_nothing_is_named() -> None:
         (["cases=c3k"], ["cases=c3k", "c32k, c64k"]),
         (["backends=[fast]"], ["backends=fast", "triton, varlen"]),
         (["cases=c32k", "block_size=64"], ["block_size without tokens", "tokens="]),
+        (["cases=[c64k]", "tokens=64"], ["cases=c64k on a CPU", "GPU", "tokens="]),
         (["tokens=4096", "heads=5"], ["heads=5", "kv_heads=2"]),
         (["tokens=4096", "dtype=fp8"], ["dtype=fp8", "bf16, fp16, fp32"]),
         (["tokens=1"], ["tokens=1", "at least 2"]),
