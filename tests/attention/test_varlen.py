@@ -62,6 +62,21 @@ def test_memory_grows_with_tokens_not_their_square():
     assert seen.largest < 6000 * 6000 / 10
 
 
+def test_a_few_tiles_are_gathered_at_a_time(monkeypatch):
+    case = Case("chunks", (600, 40), heads=4, kv_heads=2, head_dim=16, block_size=32, top_k=4)
+    expected = attend(varlen.varlen, case, case.spec, case.tensors())
+    taken, take = [], varlen.dense_cpu.RoutedKeys._take
+    monkeypatch.setattr(
+        varlen.dense_cpu.RoutedKeys, "_take", lambda self, source: taken.append(len(source)) or take(self, source)
+    )
+    tile = 2 * (varlen.dense_cpu.tile_rows(32) + 32) * 16  # numbers of queries, results, keys and values
+    for chunk, tiles in ((5 * tile, 5), (1, 1)):
+        monkeypatch.setattr(varlen.dense_cpu, "CHUNK_ELEMENTS", chunk)
+        assert_close(attend(varlen.varlen, case, case.spec, case.tensors()), expected, 1e-5)
+        assert max(taken) == tiles and len(taken) > 2
+        taken.clear()
+
+
 @pytest.mark.parametrize(("block_size", "top_k"), [(16, 10**12), (10**12, 3)])
 def test_more_than_the_longest_segment_has_takes_no_room(block_size, top_k, monkeypatch):
     case = Case("all", (70, 33), block_size=block_size, top_k=top_k)
