@@ -1,4 +1,4 @@
-"""Where the ranks of one start meet, in a store that outlives them.
+"""The rendezvous of ranks, also of ranks that are started again and find the store of those before them.
 
 torchrun keeps its store when it starts ranks again, and in it the addresses of those before. Its count of restarts does
 not tell the starts apart: an agent that ends its ranks because another's have failed does not count that.

@@ -1,4 +1,4 @@
-"""What a token store is made of, and whether it still is what its inputs would give.
+"""What a token store was made of, and whether its inputs would still give the same one.
 
 The settings, the tokenizer and the sources' paths name a store's folder, so stores of other settings lie beside each
 other. What may change behind those names is recorded in it: the content of every source file, and FORMAT. Files are
