@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,33 @@ def test_pictures_and_links_lead_somewhere(page: str) -> None:
         headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE) if heading else []
         anchors = [re.sub(r"[^a-z0-9 -]", "", each.lower()).replace(" ", "-") for each in headings]
         assert not heading or heading in anchors, (link, anchors)
+
+
+def test_the_table_of_attention_is_what_was_measured() -> None:
+    """Times, ratios, memory and limits, to the digits shown."""
+    lines = re.findall(r"^\| \d \S (.*) \|$", README, re.MULTILINE)
+    files = (ROOT / f"docs/{name}.json" for name in ("attention_h200", "attention_h200_later"))
+    first, later = (json.loads(file.read_text())["cases"] for file in files)
+    assert len(lines) == len(first) == 5
+
+    def ratios(case: dict) -> list[float]:
+        dense, ours = (case["columns"][name]["times"] for name in ("dense", "triton"))
+        return [dense[0] / ours[0], dense[1] / ours[1]]
+
+    for line, case, again in zip_longest(lines, first, later):
+        cells = [cell.strip() for cell in line.split("|")]
+        ours = case["columns"]["triton"]
+        measured = [
+            *case["columns"]["dense"]["times"],
+            *ours["times"],
+            *ratios(case),
+            ours["memory"],
+            *case["limits_ms"],
+        ]
+        measured += ratios(again) if again else []
+        shown = [float(number) for cell in cells[3:] for number in re.findall(r"[\d.]+", cell)]
+        assert cells[0].replace(",", "") == str(case["length"])
+        assert shown == pytest.approx(measured, rel=0.01), case["name"]
 
 
 def write_recipe_of_your_own(folder: Path) -> None:
