@@ -116,6 +116,7 @@ def configure_logging(rank: int) -> None:
     """Rank 0 speaks; the others only warn. DeepSpeed's and transformers' own chatter is for debugging."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logging.raiseExceptions = False  # on a full disk W&B's own log would print a traceback a line, and hide our error
     disable_progress_bar()
     # Of torch to DeepSpeed, at every collective under ZeRO 3; there is nothing that a user could do.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -221,6 +222,16 @@ def _accept(server, connections):
             connections.append(server.accept())
         except OSError:
             return
+
+
+def test_another_librarys_log_on_a_full_disk_says_nothing():
+    """W&B keeps one in the run directory: a page of tracebacks hid the one line that told of the disk."""
+    code = (
+        "import logging; from moba_train.runtime import configure_logging; configure_logging(0)\n"
+        "logger = logging.getLogger('wandb'); logger.addHandler(logging.FileHandler('/dev/full')); logger.error('x')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "No space" not in done.stderr, done.stderr
 
 
 def test_redaction_is_by_word_and_by_value(monkeypatch):
