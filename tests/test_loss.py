@@ -1,11 +1,21 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moba_train.loss import IGNORE, scaled_loss, shift_labels, tiled_losses
+from moba_train.loss import (
+    IGNORE,
+    TokenLosses,
+    refuse_changed_logits,
+    scaled_loss,
+    shift_labels,
+    take_targets,
+    tiled_losses,
+)
 
 
 def test_shift_gives_each_position_its_rows_next_label() -> None:
@@ -75,3 +85,28 @@ def test_losses_are_fp32_whatever_the_model_is() -> None:
     layer = nn.Linear(8, 50).to(torch.bfloat16)
     losses = tiled_losses(torch.randn(4, 8, dtype=torch.bfloat16), layer, torch.randint(50, (4,)), 2)
     assert losses.dtype is torch.float32
+
+
+def test_an_output_layer_that_takes_targets_gives_logits_without_them() -> None:
+    layer = nn.Linear(8, 50, bias=False)
+    hidden, targets = torch.randn(2, 3, 8), torch.randint(50, (6,))
+    logits = layer(hidden)
+    take_targets(layer, tile_tokens=4, fused=False)
+    assert torch.equal(layer(hidden), logits)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+    for scale, given in ((1.0, ()), (0.5, (0.5,))):
+        total, losses = layer(hidden.flatten(0, 1), targets, *given)
+        torch.testing.assert_close(losses, expected)
+        torch.testing.assert_close(total, scale * expected.sum())
+
+
+@pytest.mark.parametrize("name", ["final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier"])
+def test_a_model_that_changes_its_logits_is_refused(name: str) -> None:
+    """The loss would be another, and nothing would tell."""
+    for value in (None, 1, 1.0):
+        refuse_changed_logits(SimpleNamespace(model_type="other", **{name: value}))  # type: ignore[arg-type]
+    changed = SimpleNamespace(model_type="other", **{name: 0.5})
+    with pytest.raises(ValueError, match=rf"{name}=0\.5: other changes its logits after the output layer"):
+        refuse_changed_logits(changed)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=name):
+        TokenLosses(SimpleNamespace(config=changed), 8)  # type: ignore[arg-type]

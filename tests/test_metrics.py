@@ -2,6 +2,7 @@
 
 import math
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -217,6 +218,30 @@ def test_throughput_without_a_peak_says_nothing_of_utilisation():
 def test_memory_and_measured_peak():
     assert 0.05 < memory_gb("cpu") < 1000
     assert 1e8 < peak_flops("cpu", torch.float32) < 1e15
+
+
+def test_a_peak_is_measured_by_the_fastest_product(monkeypatch):
+    """Two operations for each of 1,024 ** 3 multiplications; the budget ends the trials."""
+    ticks = iter([0.0, 0.0, 0.4, 0.4, 1.0, 1.2])  # the start, a trial of 0.4 s, a look at the clock, one of 0.2 s
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(ticks, 9.0))
+    assert metrics._measured_matmul_flops(torch.device("cpu"), torch.float32, 0.5) == pytest.approx(2 * 1024**3 / 0.2)
+
+
+def test_a_gpus_peak_is_the_data_sheets_in_bf16_and_measured_else(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[0])
+    monkeypatch.setattr(metrics, "_measured_matmul_flops", lambda device, dtype: 7.0)
+    names = ["NVIDIA H200"]
+    assert peak_flops("cuda", torch.bfloat16) == 989.4e12
+    assert peak_flops("cuda", torch.float32) == 7.0
+    names = ["of tomorrow"]
+    assert peak_flops("cuda", torch.bfloat16) == 7.0
+
+
+def test_memory_is_in_units_of_1e9_bytes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3_000_000_000)
+    monkeypatch.setattr(metrics.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=2_000_000))
+    monkeypatch.setattr(metrics.sys, "platform", "linux")
+    assert (memory_gb("cuda"), memory_gb("cpu")) == (3.0, 2.048)
 
 
 def test_a_cpus_peak_is_that_of_all_its_threads_measured_with_one(monkeypatch):

@@ -42,7 +42,12 @@ def test_plan_keeps_the_last_layers_full(tiny_config: Config) -> None:
     assert [spec.kind for spec in full.plan(3)] == ["full"] * 3
     assert moba.sparsity == pytest.approx(1 - 32 / 128)
     assert full.sparsity == 0
-    assert "sparsity 75.0 %" in moba.describe()
+    assert moba.describe() == "moba 16 x 2 (last 1 layers full), sparsity 75.0 %"
+    tiny_config.attention.full_layers = 0
+    assert [stage.describe() for stage in build_schedule(tiny_config).stages] == [
+        "moba 16 x 2, sparsity 75.0 %",
+        "full",
+    ]
 
 
 def test_a_stage_overrides_the_runs_plan(tiny_config: Config) -> None:
@@ -89,6 +94,7 @@ def _stage(config: Config, **changes: object) -> None:
         (lambda c: _stage(c, tokens=None, share=0.5), r"share=0.5 needs schedule.tokens"),
         (lambda c: _stage(c, tokens=None, share=1.5), r"share=1.5: must be above 0"),
         (lambda c: setattr(c.train, "tokens_per_step", 4096), r"tokens_per_step=4096 is more than the 3072 tokens of"),
+        (lambda c: _stage(c, context_length=1), r"stages\[0\].context_length=1: must be at least 2 tokens"),
         (lambda c: _stage(c, context_length=100), r"stages\[0\].context_length=100 does not divide .*=512"),
         (lambda c: _stage(c, name="full"), "give each stage a name of its own"),
         (lambda c: setattr(c.train, "profile_steps", [6, 7]), r"train.profile_steps=\[6, 7\] with 6 steps: name steps"),
@@ -141,3 +147,10 @@ def test_a_total_that_the_stages_do_not_give_is_refused(tiny_config: Config) -> 
 def test_what_comes_every_so_many_steps() -> None:
     assert [step for step in range(1, 10) if due(step, 3)] == [3, 6, 9]
     assert not any(due(step, 0) for step in range(10))
+
+
+def test_the_smallest_and_the_whole_are_allowed(tiny_config: Config) -> None:
+    tiny_config.schedule.tokens = tiny_config.train.tokens_per_step = 2
+    tiny_config.schedule.stages = [StageConfig("only", share=1.0, context_length=2)]
+    tiny_config.train.profile_steps = [1, 1]
+    assert build_schedule(tiny_config).total_steps == 1
