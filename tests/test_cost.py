@@ -31,13 +31,13 @@ class Spec:
     top_k: int | None = None
 
 
-SIZES = dict(
+SIZES = dict(  # no size is another's, nor 2: its double would be its sum with 2
     vocab_size=128,
-    hidden_size=32,
-    intermediate_size=48,
+    hidden_size=48,
+    intermediate_size=80,
     num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
+    num_attention_heads=6,
+    num_key_value_heads=3,
     pad_token_id=0,
 )
 
@@ -114,7 +114,7 @@ def test_forward_and_backward_equal_torchs_counter():
 def test_moba_and_recomputation_by_hand():
     shape = replace(DecoderShape.from_config(config_of("llama")), layers=1)
     plan, lengths = [Spec("moba", 4, 2)], [10, 3, 0]
-    linear, head = 2 * 13 * shape.layer_matrix_parameters, 2 * 13 * 128 * 32
+    linear, head = 2 * 13 * shape.layer_matrix_parameters, 2 * 13 * 128 * 48
     pairs = 2 * shape.heads * shape.head_dim
     attention, gate = 2 * pairs * moba_keys(lengths, 4, 2), pairs * gate_scores(lengths, 4)
     plain = step_cost(shape, plan, lengths)
@@ -142,6 +142,15 @@ def test_costs_add_up():
     parts = step_cost(shape, plan, [30]) + step_cost(shape, plan, [7, 9])
     assert parts == step_cost(shape, plan, [30, 7, 9])
     assert parts + StepCost(1.0, 2.0) == StepCost(parts.model_flops + 1, parts.hardware_flops + 2)
+
+
+def test_layers_of_several_kinds_cost_what_each_does():
+    shape = DecoderShape.from_config(config_of("llama"))
+    kinds = [Spec("moba", 8, 2), Spec("moba", 4, 3), Spec()]
+    each = [step_cost(shape, [spec] * 3, [30, 21], activation_checkpointing=True) for spec in kinds]
+    mixed = step_cost(shape, kinds, [30, 21], activation_checkpointing=True)
+    assert mixed.model_flops == pytest.approx(sum(cost.model_flops for cost in each) / 3)
+    assert mixed.hardware_flops == pytest.approx(sum(cost.hardware_flops for cost in each) / 3)
 
 
 def test_refusals():
