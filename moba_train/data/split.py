@@ -70,20 +70,26 @@ def origins(
             if enough(number):
                 break
             content = record.content
-            number_of_content = 0
-            if content is None:
-                fate = "bad"
-            elif not len(content):
-                fate = "empty"
-            else:
-                number_of_content = digest(content)
-                fate = "document" if split.keeps((number_of_content % 2**64) / 2**64) else "other_split"
-            if overlap and content is not None and fate == "document":
-                text = content if isinstance(content, str) else tokenizer.decode(content)
-                fate = "overlapping" if overlap.found_in(text) else fate
-            origin = Origin(number, record.file, record.row, fate, record.problem, record.share_read, number_of_content)
+            fate, its_digest = _fate_by_content(content, split, overlap, tokenizer)
+            origin = Origin(number, record.file, record.row, fate, record.problem, record.share_read, its_digest)
             yield origin, content if content is not None and fate == "document" else ""
         _check_unchanged(source, files)
+
+
+def _fate_by_content(
+    content: str | np.ndarray | None, split: Split, overlap: Overlap | None, tokenizer: Tokenizer
+) -> tuple[str, int]:
+    """What becomes of a record as far as its content alone decides, and the content's digest (0 where there is none)."""
+    if content is None:
+        return "bad", 0
+    if not len(content):
+        return "empty", 0
+    its_digest = digest(content)
+    if not split.keeps((its_digest % 2**64) / 2**64):
+        return "other_split", its_digest
+    if overlap and overlap.found_in(content if isinstance(content, str) else tokenizer.decode(content)):
+        return "overlapping", its_digest
+    return "document", its_digest
 
 
 def fate_of(origin: Origin, tokens: int, seen: SeenTexts, held: SeenTexts, data: DataConfig) -> str:
