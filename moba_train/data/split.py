@@ -79,7 +79,7 @@ def origins(
 def _fate_by_content(
     content: str | np.ndarray | None, split: Split, overlap: Overlap | None, tokenizer: Tokenizer
 ) -> tuple[str, int]:
-    """What becomes of a record as far as its content alone decides, and the content's digest (0 where there is none)."""
+    """What becomes of a record, so far as its content decides that, and the content's digest, 0 where it has none."""
     if content is None:
         return "bad", 0
     if not len(content):

@@ -172,7 +172,10 @@ def test_ready_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
     if config.data.mix.full_rows is not None:
         assert mix.full_share == pytest.approx(config.data.mix.full_rows, abs=1e-6)
     if name.startswith("prolong") and name != "prolong_text":
-        long = [pool for pool in mix.pools if pool.name.startswith(("code", "books"))]
+        sources = [store.manifest["sources"][index]["name"] for index in store.sources]
+        first_documents = mix.rows.documents[mix.rows.offsets[[pool.first for pool in mix.pools]]]
+        names = [sources[document] for document in first_documents]  # a pool has documents of one source
+        long = [pool for pool, name in zip(mix.pools, names, strict=True) if name.startswith(("code", "books"))]
         assert sum(pool.share for pool in long) == pytest.approx(0.6, abs=0.02)
         assert mix.full_share == pytest.approx(0.6, abs=0.02)  # theirs are rows of one document
     for source in config.data.train:
