@@ -314,6 +314,41 @@ def test_another_layout_is_converted_once(two: Path, conversions: list[int], cap
     assert names(two) == ["step_00000002", "step_00000003"]
 
 
+def test_a_conversion_that_was_killed_begins_anew(two: Path, conversions: list[int]) -> None:
+    half = two / ".step_00000002.universal.partial"
+    (half / "engine").mkdir(parents=True)
+    (half / "engine" / "universal.pt").write_bytes(b"half")
+    engine = Engine(zero_stage=3)
+    checkpoint.load(two / "step_00000002", engine, RUNTIME)
+    assert (engine.value, conversions) == (2, [1]) and not half.exists()
+
+
+def test_other_ranks_wait_for_the_conversion_of_rank_0(two: Path, conversions: list[int], monkeypatch) -> None:
+    checkpoint.load(two / "step_00000002", Engine(zero_stage=3), RUNTIME)
+    converted, away = two / "step_00000002.universal", two / "away"
+    converted.rename(away)
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:  # rank 0 is done
+            away.rename(converted)
+
+    monkeypatch.setattr(checkpoint.time, "sleep", sleep)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    engine = Engine(zero_stage=3)
+    rank_1 = Runtime(1, 1, 1, torch.device("cpu"))  # of a world as large as the one that saved
+    checkpoint.load(two / "step_00000002", engine, rank_1)
+    assert engine.value == 2 and len(waited) == 3 and conversions == [1]
+
+
+def test_a_checkpoint_without_a_layout_is_an_older_versions(two: Path) -> None:
+    file = two / "step_00000002" / "state.json"
+    file.write_text(json.dumps({"step": 2}))
+    with pytest.raises(CheckpointError, match=r"step_00000002 was saved by an older moba_train: finish the run with"):
+        checkpoint.load(two / "step_00000002", Engine(), RUNTIME)
+
+
 def test_unpartitioned_state_is_the_same_for_any_number_of_ranks(
     tmp_path: Path, conversions: list[int], monkeypatch
 ) -> None:
@@ -327,15 +362,22 @@ def test_unpartitioned_state_is_the_same_for_any_number_of_ranks(
         assert engine.value == 5 and conversions == expected
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
-def test_a_failed_conversion_leaves_the_checkpoint(two: Path, monkeypatch, error: Exception) -> None:
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (RuntimeError("PytorchStreamWriter failed\nmore"), "a file was cut short: the disk is full, or no file may be"),
+    ],
+    ids=["by the system", "by torch"],
+)
+def test_a_failed_conversion_leaves_the_checkpoint(two: Path, monkeypatch, error: Exception, why: str) -> None:
     def fails(source: Path, target: Path, *_) -> None:
         target.mkdir()
         (target / "half.pt").write_bytes(b"half")
         raise error
 
     monkeypatch.setattr(checkpoint.universal, "convert", fails)
-    with pytest.raises(CheckpointError, match=r"could not be converted \(.+\); it stands: .* ZeRO 1 over"):
+    with pytest.raises(CheckpointError, match=rf"could not be converted \(.*{why}.*\); it stands: .* ZeRO 1 over"):
         checkpoint.load(two / "step_00000002", Engine(zero_stage=2), RUNTIME)
     assert names(two) == [".step_00000009.partial", "step_00000001", "step_00000002"]
     assert newest_step(two) == 2
