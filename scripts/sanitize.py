@@ -44,6 +44,9 @@ FAMILIES: dict[str, dict[str, Any]] = {  # segments, heads, kv heads, head_dim, 
     "Hopper, own block alone": dict(lengths=(700, 77), heads=2, kv_heads=1, head_dim=128, block_size=384, top_k=1),
     "Hopper, one choice": dict(lengths=(1500, 77), heads=8, kv_heads=1, head_dim=128, block_size=384, top_k=2),
     "Hopper, long blocks": dict(lengths=(2200, 77), heads=1, kv_heads=1, head_dim=128, block_size=2048, top_k=2),
+    "Hopper, rising scores": dict(
+        lengths=(1100, 77), heads=2, kv_heads=1, head_dim=128, block_size=256, top_k=3, rise=60
+    ),
     # More blocks than Hopper's kernels have room to sort by: Triton's make the lists.
     "many blocks": dict(lengths=(150, *[0] * 8192, 33), heads=2, kv_heads=1, head_dim=64, block_size=16, top_k=3),
     "Hopper, selection": dict(lengths=(3000, 77), heads=4, kv_heads=2, head_dim=128, block_size=16, top_k=8),
@@ -64,12 +67,15 @@ def wrong_kernel(p_in, p_out, n):
     tl.store(p_out + o, b + tl.sum(b, 0) + n)
 
 
-def attention(lengths: tuple[int, ...], heads: int, kv_heads: int, head_dim: int, block_size: int, top_k: int) -> None:
+def attention(
+    lengths: tuple[int, ...], heads: int, kv_heads: int, head_dim: int, block_size: int, top_k: int, rise: int = 1
+) -> None:
     from moba_train.attention.kernels.op import triton_attention
     from moba_train.attention.spec import AttentionSpec
 
     # Made on the CPU: the tools' time goes into the kernels alone.
     make = [torch.randn(sum(lengths), n, head_dim).bfloat16().cuda() for n in (heads, kv_heads, kv_heads, heads)]
+    make[1][torch.arange(sum(lengths)).cuda() % block_size >= 128] *= rise
     bounds = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
     inputs = [x.requires_grad_() for x in make[:3]]
     out = triton_attention(*inputs, bounds, max(lengths), AttentionSpec("moba", block_size, top_k), head_dim**-0.5)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -196,7 +197,9 @@ def test_lists_are_those_of_a_stable_sort(monkeypatch, lengths, block_size, shap
     for first, last in ((0, lists.parts), (lists.parts // 2, lists.parts), (0, 1)):
         cut_lists = tiles.tile(lists, first, last, choices.numel(), 16)
         each = (offsets[:, last] - offsets[:, first] + 15).flatten() // 16
-        assert torch.equal(cut_lists.of_list.cpu(), torch.cat([each.new_zeros(1), each.cumsum(0)]).int())
+        assert torch.equal(
+            cut_lists.of_list.cpu(), torch.cat([each.new_zeros(1), each.cumsum(0), each.new_zeros(1)]).int()
+        )
         found = torch.full((len(cut_lists.lists),), len(each))
         found[: int(each.sum())] = torch.arange(len(each)).repeat_interleave(each)
         assert torch.equal(cut_lists.lists.cpu(), found.int())
@@ -219,6 +222,50 @@ def test_chunks_change_nothing(monkeypatch, block_size):
     assert heads == 1 and tokens < case.lengths[0] / 2
     chunked = attend(op.triton_attention, case, case.spec, tensors)
     assert_close({k: v.float() for k, v in chunked.items()}, {k: v.float() for k, v in whole.items()}, 2e-3)
+
+
+@kernels
+@pytest.mark.parametrize("tile", [64, 192])
+def test_rows_out_of_range_are_attended_again(tile):
+    from moba_train.attention.kernels import again, launch_forward
+    from moba_train.attention.kernels.call import Call
+    from moba_train.attention.kernels.plan import Config
+
+    op, _, _ = modules()
+    case = Case("again", (300, 41), heads=4, kv_heads=2, head_dim=64, block_size=32, top_k=4)
+    query, key, value, *_ = case.tensors(DEVICE, DTYPE)
+    blocks, choices = choices_of(case, query, key)
+    lists = op._lists(key, *op.route(choices, blocks.bounds, blocks.first, blocks.of_token))
+    config = Config(64, 16, 4, 1)
+    call = replace(Call.of(query, key, value, blocks, lists, case.block_size, 0.125), configs={"forward": config})
+    ((theirs, start, count),) = call.head_groups()
+    (chunk,) = call.chunks(start, count)
+    partial, lse = launch_forward._partial_outputs(call, theirs, chunk)
+    found, numbers = call.tiles(theirs, chunk, Config(tile, 16, 4, 1))
+    lost = torch.arange(len(lse), device=DEVICE) % 67 == 5
+    lost |= torch.arange(len(lse), device=DEVICE) < 9
+    spoiled, infinite = partial.clone(), lse.clone()
+    spoiled[lost], infinite[lost] = torch.nan, torch.inf
+    entries = chunk.rows * call.sizes.choose
+    results = (spoiled, infinite, call.scale, chunk.kv_start, 0, entries)
+    written = torch.zeros(len(lse), dtype=torch.bool, device=DEVICE)
+    for head in range(count):
+        room = slice(int(theirs.offsets[head, 0, 0]), int(theirs.offsets[head, -1, -1]))
+        written[head * entries + theirs.entries[room].long()] = True
+    for mark in (0, 1):
+        of_list = found[1]
+        assert of_list[-1] == 0
+        of_list[-1] = mark
+        again.launch(
+            query, key, value, blocks.bounds, *found, *results, *numbers, tile=tile, programs=3, config=config,
+            sizes=call.sizes,
+        )  # fmt: skip
+        assert bool((infinite[lost & written] == torch.inf).all()) is (mark == 0)
+    assert written[lost].sum() > 20
+    torch.testing.assert_close(infinite[written], lse[written], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(spoiled[written], partial[written], rtol=2e-3, atol=2e-3)
+    kept = written & ~lost
+    assert torch.equal(infinite[kept], lse[kept]) and torch.equal(spoiled[kept], partial[kept])
 
 
 @kernels

@@ -172,6 +172,34 @@ def test_triton_s_kernels_agree_with_those_for_hopper(tiling, monkeypatch):
     assert max(errors.values()) < 4e-3, errors
 
 
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("rise", [1, 60])
+@pytest.mark.parametrize("tiling", [TILINGS[4], (6, 2, 128, 512, 2), (2, 1, 128, 2048, 2)], ids=str)
+def test_scores_that_rise_within_a_block(tiling, rise, monkeypatch):
+    """Hopper's forward takes a block's weights from the largest score of its first 128 keys."""
+    from moba_train.attention.kernels import again
+    from moba_train.attention.kernels.op import triton_attention
+
+    launch, marks = again.launch, []
+
+    def watched(*args, **kwargs):
+        launch(*args, **kwargs)
+        marks.append(int(args[5][-1]))
+
+    monkeypatch.setattr(again, "launch", watched)
+    case = Case("rising", (7000, 2100), *tiling)
+    tensors = case.tensors("cuda", torch.bfloat16)
+    key = tensors[1]
+    key[torch.arange(len(key), device="cuda") % case.block_size >= 128] *= rise
+    found = attend(triton_attention, case, case.spec, tensors)
+    expected = attend(reference, case, case.spec, tuple(x.float() for x in tensors))
+    errors = {name: relative(found[name], wanted) for name, wanted in expected.items()}
+    # Where one key has nearly all the weight, gradients of queries and keys are differences of nearly equal numbers.
+    most = dict.fromkeys(errors, 1e-2) | ({"grad_q": 0.1, "grad_k": 0.1} if rise > 1 else {})
+    assert all(error < most[name] for name, error in errors.items()), errors
+    assert any(marks) is (rise > 1), marks
+
+
 def attend_and_names(case: Case, tensors: tuple[torch.Tensor, ...]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Output and gradients, and the names of the kernels that ran."""
     import triton

@@ -28,8 +28,8 @@ LOG2_E = 1.44
 KEY_VALUE = {"LOG2_E": LOG2_E, "R": 2, "BLOCK_M": 64}
 OWN = {"G": 4, "R": 2, "D": 128, "BLOCK_N": 128, "STAGES": 4}
 SIZES = {
-    "forward": {"WIDTH": 2, "TURNS": True, "B": 256, **OWN},
-    "forward 64": {"WIDTH": 3, "TURNS": True, "B": 256, **OWN, "D": 64},
+    "forward": {"WIDTH": 2, "B": 256, **OWN},
+    "forward 64": {"WIDTH": 3, "B": 256, **OWN, "D": 64},
     "resident": {"G": 1, "R": 2, "D": 128, "BLOCK_N": 128, "STAGES": 3},
     "query": {"LOG2_E": LOG2_E, "B": 256, **OWN, "STAGES": 2},
     "query_narrow": {"LOG2_E": LOG2_E, "B": 256, **OWN, "D": 64, "BLOCK_N": 64, "STAGES": 6},

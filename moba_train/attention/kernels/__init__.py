@@ -4,6 +4,7 @@ pool      mean key of every block, as two half-precision terms
 select    the best earlier blocks of every query, streaming over block scores
 route     choices (by query) -> lists of queries (by block)
 forward   listed queries against their block: partial outputs
+again     those whose weights left their range, once more
 merge     causal attention in the own block, and the merge with the partial outputs
 backward  the gradients, from the same lists
 hopper    the kernels with most of the arithmetic once more, in Gluon, for GPUs of compute capability 9.0

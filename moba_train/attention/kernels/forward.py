@@ -38,6 +38,27 @@ def find_tile(p_lists, p_of_list, p_offsets, p_entries, LISTS, N, P, i_part, n_p
     return i_list, o_entry, m_row
 
 
+@triton.jit
+def attend_block(
+    b_query, p_key, p_value, n_token, i_kv, scale, K, B: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Queries (BLOCK_M, BLOCK_D) with the B keys from n_token on: largest logit, sum of weights, sum of values."""
+    b_max = tl.full([BLOCK_M], -1.0e30, tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for n_key in range(0, B, BLOCK_N):
+        o_key = n_token + n_key + tl.arange(0, BLOCK_N)
+        # (BLOCK_N, BLOCK_D) each
+        b_key = load_keys(p_key, o_key, n_token + B, i_kv, K, D, BLOCK_D, B % BLOCK_N != 0)
+        b_scores = tl.dot(b_query, tl.trans(b_key))
+        if B % BLOCK_N != 0:
+            b_scores = tl.where((o_key < n_token + B)[None, :], b_scores, -float("inf"))
+        b_value = load_keys(p_value, o_key, n_token + B, i_kv, K, D, BLOCK_D, B % BLOCK_N != 0)
+        b_max, b_sum, b_out = softmax_step(b_scores, b_value, b_max, b_sum, b_out, scale)
+    return b_max, b_sum, b_out
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def routed_forward_kernel(
     p_query,
@@ -75,18 +96,9 @@ def routed_forward_kernel(
     n_token = tl.load(p_bounds + i_list % N)
     # (BLOCK_M, BLOCK_D)
     b_query = load_rows(p_query, row_offsets(o_entry // R, i_kv, K, G, D), m_row, D, BLOCK_D, False)
-    b_max = tl.full([BLOCK_M], -1.0e30, tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for n_key in range(0, B, BLOCK_N):
-        o_key = n_token + n_key + tl.arange(0, BLOCK_N)
-        # (BLOCK_N, BLOCK_D) each
-        b_key = load_keys(p_key, o_key, n_token + B, i_kv, K, D, BLOCK_D, B % BLOCK_N != 0)
-        b_scores = tl.dot(b_query, tl.trans(b_key))
-        if B % BLOCK_N != 0:
-            b_scores = tl.where((o_key < n_token + B)[None, :], b_scores, -float("inf"))
-        b_value = load_keys(p_value, o_key, n_token + B, i_kv, K, D, BLOCK_D, B % BLOCK_N != 0)
-        b_max, b_sum, b_out = softmax_step(b_scores, b_value, b_max, b_sum, b_out, scale)
+    b_max, b_sum, b_out = attend_block(
+        b_query, p_key, p_value, n_token, i_kv, scale, K, B, D, BLOCK_D, BLOCK_M, BLOCK_N
+    )
     o_partial = (i_list // N).to(tl.int64) * n_entries + (o_entry - i_entry_start)
     store_rows(p_partial, o_partial * D, b_out / b_sum[:, None], m_row, D, BLOCK_D)
     tl.store(p_partial_lse + o_partial, b_max + tl.log2(b_sum), mask=m_row)

@@ -66,7 +66,8 @@ def _partial_outputs(call: Call, lists: Lists, chunk: Chunk) -> tuple[Tensor, Te
     elif (tuned := call.tuned("forward")) is not None:
         found, numbers = call.tiles(lists, chunk, tuned.TILINGS[sizes.head_dim])
         arguments = (call.blocks.bounds, *found, *results, *numbers)
-        tuned.launch(*tensors, *arguments, tiles=len(found[0]), sizes=sizes)
+        config = call.configs["forward"]
+        tuned.launch(*tensors, *arguments, tiles=len(found[0]), config=config, sizes=sizes)
     else:
         found, numbers = call.tiles(lists, chunk, call.configs["forward"])
         forward.routed_forward_kernel[(len(found[0]),)](

@@ -25,7 +25,7 @@ class Tiles:
     """Lists cut into tiles of ``rows`` entries, for the queries of some parts.
 
     Attributes:
-        of_list: (kv_heads * N + 1,) int32; the tiles of list i are ``of_list[i]:of_list[i + 1]``.
+        of_list: (kv_heads * N + 2,) int32; the tiles of list i are ``of_list[i]:of_list[i + 1]``. Last a mark, not set.
         lists: (most,) int32; the list of each tile, kv_heads * N past the last one. ``most`` is a bound that holds
             whatever was chosen, so nothing is read back to the host.
     """
@@ -53,7 +53,8 @@ def _tile_lists_kernel(p_offset, p_of_list, LISTS, N, P, i_part, n_parts, ROWS: 
         b_earlier += _count_tiles(p_offset, n_earlier + o_list, LISTS, N, P, i_part, n_parts, ROWS)
     b_tiles = _count_tiles(p_offset, n_list + o_list, LISTS, N, P, i_part, n_parts, ROWS)
     b_stop = tl.sum(b_earlier, 0) + tl.cumsum(b_tiles, 0)
-    tl.store(p_of_list + n_list + o_list, b_stop - b_tiles, mask=n_list + o_list <= LISTS)
+    b_start = tl.where(n_list + o_list <= LISTS, b_stop - b_tiles, 0)
+    tl.store(p_of_list + n_list + o_list, b_start, mask=n_list + o_list <= LISTS + 1)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -76,9 +77,9 @@ def tile(lists: Lists, part_start: int, part_stop: int, entries: int, rows: int)
     count = kv_heads * blocks
     most = triton.cdiv(entries, rows) + count
     of_list, list_of_tile = (
-        torch.empty(size, dtype=torch.int32, device=lists.offsets.device) for size in (count + 1, most)
+        torch.empty(size, dtype=torch.int32, device=lists.offsets.device) for size in (count + 2, most)
     )
-    _tile_lists_kernel[(triton.cdiv(count + 1, TILE_LISTS),)](
+    _tile_lists_kernel[(triton.cdiv(count + 2, TILE_LISTS),)](
         lists.offsets, of_list, count, blocks, lists.parts, part_start, part_stop - part_start, ROWS=rows,
         BLOCK_L=TILE_LISTS, num_warps=TILE_WARPS,
     )  # fmt: skip

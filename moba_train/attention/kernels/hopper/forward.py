@@ -6,6 +6,12 @@ ring of STAGES buffers; two warps gather the next tile's queries while this one 
 are before there was room: three loads, one after the other, that would take as long as a tile. A tile's last product
 runs beside the first scores, and their softmax, of the next one: blocks are short, and their ends frequent.
 
+While the tensor cores work, a multiprocessor issues other instructions at about a quarter of its rate: the time of a
+tile is nearly the sum of both. So bfloat16 weights are taken from the largest score of a block's first key tile, and
+not from a running maximum, which would cost a comparison a score and a product a number of the output. The weights of
+later keys may then be large, which float32 sums and bfloat16 bear up to 2^127. A row whose sum passes 2^64 is left to
+``again``; float16 has no such range and keeps the running maximum.
+
 Work and bytes are those of the Triton kernel.
 """
 
@@ -22,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from moba_train.attention.kernels import again
 from moba_train.attention.kernels.hopper.shared import (
     HALF,
     barriers,
@@ -38,7 +45,7 @@ from moba_train.attention.kernels.rows import NUMBERS
 
 # By head_dim. At 64 the exponentials take as long as the products: a third warpgroup fills the gaps.
 TILINGS = {64: Config(rows=192, keys=128, warps=4, stages=4), 128: Config(rows=128, keys=128, warps=4, stages=4)}
-MOST_TURNS = 1024  # keys of a block: in longer ones warpgroups find their rhythm, and waiting for turns costs more
+MOST_SUM: gl.constexpr = gl.constexpr(2.0**64)  # leaves room for a product with values, and for their sum
 
 
 @gluon.jit
@@ -143,58 +150,95 @@ def _score(
 
 
 @gluon.jit
-def _softmax_step(b_scores, b_max, b_sum, scale, TYPE: gl.constexpr, LEFT: gl.constexpr):
-    """Weights of a tile of keys, as an operand; the running maximum and sum; by what to multiply earlier results."""
-    b_new = gl.maximum(b_max, gl.max(b_scores, 1) * scale)
-    b_weight = gl.exp2(b_scores * scale - b_new[:, None])
-    b_decay = gl.exp2(b_max - b_new)
-    b_sum = b_sum * b_decay + gl.sum(b_weight, 1)
-    return gl.convert_layout(b_weight.to(TYPE), LEFT), b_new, b_sum, b_decay
+def _rounded(b_weight, TYPE: gl.constexpr):
+    """Weights in TYPE. A cast would be moved to where they are used, a turn later, and take twice the registers."""
+    if gl.bfloat16 == TYPE:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [b_weight], dtype=gl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [b_weight], dtype=gl.float16, is_pure=True, pack=2
+        )
+
+
+@gluon.jit
+def _weigh(b_scores, b_max, scale, TYPE: gl.constexpr, LEFT: gl.constexpr, SUMS: gl.constexpr):
+    """Weights of a tile of keys, as an operand; each row's sums of them, one for each of the four lanes it lies in."""
+    b_weight = gl.exp2(b_scores * scale - b_max[:, None])
+    b_sum = gl.sum(gl.sum(gl.reshape(b_weight, [HALF, b_weight.shape[1] // 8, 4, 2]), 3), 1)
+    return gl.convert_layout(_rounded(b_weight, TYPE), LEFT), gl.convert_layout(b_sum, SUMS)
+
+
+@gluon.jit
+def _store_lse(p_again, p_partial_lse, s_place, b_max, b_sum, RUNNING: gl.constexpr):
+    """Log-sum-exps of a tile's rows; infinity, and a mark, where a sum is out of range."""
+    o_place = s_place.load(b_sum.type.layout)
+    b_lse = b_max + gl.log2(b_sum)
+    if not RUNNING:
+        m_again = (b_sum < MOST_SUM) == 0  # not a number, too
+        b_lse = gl.where(m_again, float("inf"), b_lse)
+        gl.store(p_again + gl.zeros_like(o_place), gl.full_like(o_place, 1), mask=m_again & (o_place >= 0))
+    gl.store(p_partial_lse + o_place, b_lse, mask=o_place >= 0)
 
 
 @gluon.jit
 def _attend(
-    p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, turn, scale, n_tiles,
-    I_OWN: gl.constexpr, WIDTH: gl.constexpr, TURNS: gl.constexpr, B: gl.constexpr, D: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    p_again, p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, turn, scale, n_tiles,
+    I_OWN: gl.constexpr, WIDTH: gl.constexpr, B: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: HALF entries of each tile.
 
-    Keys and values lie in the ring in the order of their use: k0, then k1 v0 k2 v1 ... on over the tiles. With TURNS
-    warpgroups start their products one after the other, so that one's exponentials run beside another's products.
+    Keys and values lie in the ring in the order of their use: k0, then k1 v0 k2 v1 ... on over the tiles. Warpgroups
+    start their products one after the other, so that one's exponentials run beside another's products. The weights of
+    a tile's first keys are made before the results of the tile before are stored, where there are registers for both.
     """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    SUMS: gl.constexpr = gl.DistributedLinearLayout(
+        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
+    )  # lanes hold the rows that they hold of SCORES
     TYPE: gl.constexpr = s_query.dtype
+    RUNNING: gl.constexpr = gl.float16 == TYPE
+    EARLY: gl.constexpr = WIDTH == 2
     if gl.program_id(0) < n_tiles:
-        b_least = gl.full([HALF], -1.0e30, gl.float32, gl.SliceLayout(1, SCORES))
-        b_empty = gl.zeros([HALF], gl.float32, gl.SliceLayout(1, SCORES))
         mbarrier.wait(rows_full.index(0), 0)
         b_scores = _score(s_query.index(I_OWN), s_ring, full, 0, True, SCORES, BLOCK_N, STAGES)
         b_scores = warpgroup_mma_wait(0, deps=[b_scores])
         mbarrier.arrive(free.index(0), count=1)
-        b_left, b_max, b_sum, b_decay = _softmax_step(b_scores, b_least, b_empty, scale, TYPE, LEFT)
+        if EARLY:
+            b_max = gl.max(b_scores, 1) * scale
+            b_left, b_sum = _weigh(b_scores, b_max, scale, TYPE, LEFT, SUMS)
         i_item, i_turn = n_tiles * 0 + 1, n_tiles * 0
         for i_tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
             i_rows = i_turn % 2 * WIDTH + I_OWN
             s_rows = s_query.index(i_rows)
             b_out = gl.zeros([HALF, D], gl.float32, OUT)
+            if not EARLY:
+                b_max = gl.max(b_scores, 1) * scale
+                b_left, b_sum = _weigh(b_scores, b_max, scale, TYPE, LEFT, SUMS)
             for _ in range(BLOCK_N, B, BLOCK_N):
                 i_value = i_item + 1
-                if TURNS:
-                    mbarrier.wait(turn.index(I_OWN), (i_item // 2 & 1) ^ (I_OWN == 0))
+                mbarrier.wait(turn.index(I_OWN), (i_item // 2 & 1) ^ (I_OWN == 0))
                 b_scores = _score(s_rows, s_ring, full, i_item, True, SCORES, BLOCK_N, STAGES)
                 mbarrier.wait(full.index(i_value % STAGES), i_value // STAGES & 1)
                 b_out = warpgroup_mma(b_left, s_ring.index(i_value % STAGES), b_out, is_async=True)
-                if TURNS:
-                    mbarrier.arrive(turn.index((I_OWN + 1) % WIDTH), count=1)
                 b_scores = warpgroup_mma_wait(1, deps=[b_scores])
+                mbarrier.arrive(turn.index((I_OWN + 1) % WIDTH), count=1)
                 mbarrier.arrive(free.index(i_item % STAGES), count=1)
-                b_next, b_max, b_sum, b_decay = _softmax_step(b_scores, b_max, b_sum, scale, TYPE, LEFT)
+                if RUNNING:
+                    b_new = gl.maximum(b_max, gl.max(b_scores, 1) * scale)
+                    b_decay = gl.exp2(b_max - b_new)
+                    b_sum = b_sum * gl.convert_layout(b_decay, gl.SliceLayout(1, SUMS))[:, None]
+                    b_max = b_new
+                b_next, b_more = _weigh(b_scores, b_max, scale, TYPE, LEFT, SUMS)
+                b_sum += b_more
                 b_out = warpgroup_mma_wait(0, deps=[b_out])
                 mbarrier.arrive(free.index(i_value % STAGES), count=1)
-                b_out = b_out * gl.convert_layout(b_decay, gl.SliceLayout(1, OUT))[:, None]
+                if RUNNING:
+                    b_out = b_out * gl.convert_layout(b_decay, gl.SliceLayout(1, OUT))[:, None]
                 b_left = b_next
                 i_item += 2
             # The next tile's first scores, weights and all, are made while this tile's last product is.
@@ -203,22 +247,22 @@ def _attend(
             i_value = i_item + m_next.to(gl.int32)
             mbarrier.wait(rows_full.index(i_next % 2), i_next // 2 & 1, pred=m_next)
             s_next = s_query.index(i_next % 2 * WIDTH + I_OWN)
-            if TURNS:
-                mbarrier.wait(turn.index(I_OWN), (i_item // 2 & 1) ^ (I_OWN == 0))
+            mbarrier.wait(turn.index(I_OWN), (i_item // 2 & 1) ^ (I_OWN == 0))
             b_scores = _score(s_next, s_ring, full, i_item, m_next, SCORES, BLOCK_N, STAGES)
             mbarrier.wait(full.index(i_value % STAGES), i_value // STAGES & 1)
             b_out = warpgroup_mma(b_left, s_ring.index(i_value % STAGES), b_out, is_async=True)
-            if TURNS:
-                mbarrier.arrive(turn.index((I_OWN + 1) % WIDTH), count=1)
             b_scores = warpgroup_mma_wait(1, deps=[b_scores])
+            mbarrier.arrive(turn.index((I_OWN + 1) % WIDTH), count=1)
             mbarrier.arrive(free.index(i_item % STAGES), count=1, pred=m_next)
-            b_lse, b_share = b_max + gl.log2(b_sum), 1.0 / b_sum
-            b_left, b_max, b_sum, b_decay = _softmax_step(b_scores, b_least, b_empty, scale, TYPE, LEFT)
+            b_whole = gl.convert_layout(gl.sum(b_sum, 1), gl.SliceLayout(1, SCORES))
+            b_before = b_max
+            if EARLY:
+                b_max = gl.max(b_scores, 1) * scale
+                b_left, b_sum = _weigh(b_scores, b_max, scale, TYPE, LEFT, SUMS)
             b_out = warpgroup_mma_wait(0, deps=[b_out])
             mbarrier.arrive(free.index(i_value % STAGES), count=1)
-            o_place = s_place.index(i_rows).load(gl.SliceLayout(1, SCORES))
-            gl.store(p_partial_lse + o_place, b_lse, mask=o_place >= 0)
-            b_out = b_out * gl.convert_layout(b_share, gl.SliceLayout(1, OUT))[:, None]
+            _store_lse(p_again, p_partial_lse, s_place.index(i_rows), b_before, b_whole, RUNNING)
+            b_out = b_out * gl.convert_layout(1.0 / b_whole, gl.SliceLayout(1, OUT))[:, None]
             # The queries are read no more: their place serves to store whole rows.
             _store_entries(p_partial, s_place.index(i_rows), s_rows, b_out, D)
             mbarrier.arrive(rows_free.index(i_turn % 2), count=1)
@@ -249,7 +293,6 @@ def routed_forward_hopper_kernel(
     n_parts,
     K,
     WIDTH: gl.constexpr,
-    TURNS: gl.constexpr,
     G: gl.constexpr,
     R: gl.constexpr,
     B: gl.constexpr,
@@ -257,7 +300,7 @@ def routed_forward_hopper_kernel(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    n_tiles = gl.load(p_of_list + LISTS)
+    n_tiles, p_again = gl.load(p_of_list + LISTS), p_of_list + LISTS + 1
     TYPE: gl.constexpr = p_query.dtype.element_ty
     NUMBER: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ROWS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], TYPE)
@@ -266,22 +309,22 @@ def routed_forward_hopper_kernel(
     s_place = gl.allocate_shared_memory(gl.int32, [2 * WIDTH, HALF], NUMBER)
     s_ahead = gl.allocate_shared_memory(gl.int32, [2 * WIDTH, HALF], NUMBER)
     full, free, rows_full, rows_free = barriers(1, STAGES), barriers(WIDTH, STAGES), barriers(1, 2), barriers(WIDTH, 2)
-    turn = barriers(1, WIDTH) if TURNS else rows_full  # not used then: ``key_value`` says why no barrier may be there
+    turn = barriers(1, WIDTH)
     fence_async_shared()
     if WIDTH == 3:
         gl.warp_specialize(
             [
                 (_attend, (
-                    p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, turn, scale,
-                    n_tiles, 0, WIDTH, TURNS, B, D, BLOCK_N, STAGES,
+                    p_again, p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, turn,
+                    scale, n_tiles, 0, WIDTH, B, D, BLOCK_N, STAGES,
                 )),
                 (_attend, (
-                    p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, turn, scale,
-                    n_tiles, 1, WIDTH, TURNS, B, D, BLOCK_N, STAGES,
+                    p_again, p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, turn,
+                    scale, n_tiles, 1, WIDTH, B, D, BLOCK_N, STAGES,
                 )),
                 (_attend, (
-                    p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, turn, scale,
-                    n_tiles, 2, WIDTH, TURNS, B, D, BLOCK_N, STAGES,
+                    p_again, p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, turn,
+                    scale, n_tiles, 2, WIDTH, B, D, BLOCK_N, STAGES,
                 )),
                 (_gather_rows, (
                     p_query, p_lists, p_of_list, p_offsets, p_entries, s_query, s_place, s_ahead, rows_full, rows_free,
@@ -299,12 +342,12 @@ def routed_forward_hopper_kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, turn, scale,
-                    n_tiles, 0, WIDTH, TURNS, B, D, BLOCK_N, STAGES,
+                    p_again, p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, turn,
+                    scale, n_tiles, 0, WIDTH, B, D, BLOCK_N, STAGES,
                 )),
                 (_attend, (
-                    p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, turn, scale,
-                    n_tiles, 1, WIDTH, TURNS, B, D, BLOCK_N, STAGES,
+                    p_again, p_partial, p_partial_lse, s_query, s_place, s_ring, full, free, rows_full, rows_free, turn,
+                    scale, n_tiles, 1, WIDTH, B, D, BLOCK_N, STAGES,
                 )),
                 (_gather_rows, (
                     p_query, p_lists, p_of_list, p_offsets, p_entries, s_query, s_place, s_ahead, rows_full, rows_free,
@@ -320,13 +363,14 @@ def routed_forward_hopper_kernel(
         )  # fmt: skip
 
 
-def launch(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments: Any, tiles: int, sizes: Sizes
-) -> None:
-    """``arguments``: those of the kernel from the blocks' bounds on. ``tiles``: at most."""
-    tiling = TILINGS[sizes.head_dim]
-    routed_forward_hopper_kernel[(min(tiles, programs(query.device)),)](
-        described(key, tiling.keys), described(value, tiling.keys), query, *arguments,
-        WIDTH=tiling.rows // HALF.value, TURNS=sizes.block_size <= MOST_TURNS, G=sizes.group, R=sizes.choose,
-        B=sizes.block_size, D=sizes.head_dim, BLOCK_N=tiling.keys, STAGES=tiling.stages, num_warps=tiling.warps,
+def launch(*arguments: Any, tiles: int, config: Config, sizes: Sizes) -> None:
+    """``arguments``: those of ``routed_forward_kernel``. ``tiles``: at most. ``config``: of that kernel."""
+    query, key, value, *others = arguments
+    tiling, count = TILINGS[sizes.head_dim], programs(query.device)
+    routed_forward_hopper_kernel[(min(tiles, count),)](
+        described(key, tiling.keys), described(value, tiling.keys), query, *others,
+        WIDTH=tiling.rows // HALF.value, G=sizes.group, R=sizes.choose, B=sizes.block_size, D=sizes.head_dim,
+        BLOCK_N=tiling.keys, STAGES=tiling.stages, num_warps=tiling.warps,
     )  # fmt: skip
+    if query.dtype != torch.float16:
+        again.launch(*arguments, tile=tiling.rows, programs=count, config=config, sizes=sizes)
