@@ -30,6 +30,7 @@ from moba_train import embedded
 from moba_train.config import DataConfig, MixConfig, SourceConfig, SourceFormat
 from moba_train.data import build
 from moba_train.data.documents import read_documents
+from moba_train.data.encode import BATCH_CHARACTERS, PIECE_CHARACTERS
 from moba_train.data.loader import RowLoader
 from moba_train.data.store import StoreWriter, TokenStore
 from moba_train.data.tokenizer import load_tokenizer
@@ -39,7 +40,6 @@ CONTEXTS = (32768, 1 << 20)
 # What a 1B model trains at on one H200 at 32K; the loader is to be 20 times as fast.
 CONSUMED = 25_000  # tokens/s
 PACE = 20 * CONSUMED  # at which the waits are measured: as one H200 would be slow to show
-BATCH_CHARACTERS = 1 << 20
 
 
 def main() -> None:
@@ -208,8 +208,8 @@ def batches(arguments: argparse.Namespace) -> Iterator[list[str]]:
 
 
 def pieces(text: str) -> Iterator[str]:
-    for start in range(0, len(text), 1 << 15):
-        yield text[start : start + (1 << 15)]
+    for start in range(0, len(text), PIECE_CHARACTERS):
+        yield text[start : start + PIECE_CHARACTERS]
 
 
 def data_config(arguments: argparse.Namespace, store: str) -> DataConfig:
