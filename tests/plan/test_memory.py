@@ -75,6 +75,17 @@ def test_workspace_is_what_the_kernels_plan(top_k: int, context: int) -> None:
     assert activations.workspace(setup, setup.specs[0]) * context == pytest.approx(planned, rel=0.003)
 
 
+@pytest.mark.parametrize(("blocks", "width"), [(256, 1), (257, 2), (32768, 2), (32769, 4)])
+def test_choices_are_as_wide_as_the_kernels_make_them(blocks: int, width: int) -> None:
+    from moba_train.attention.kernels.select import choice_type
+
+    config = recipe(LLAMA_1B, 16 * blocks)
+    config.attention.top_k, config.attention.block_size = 4, 16
+    setup = setup_of(config)
+    assert choice_type(16 * blocks, 16).itemsize == width
+    assert activations.choices(setup, setup.specs[0]) == width * 32 * 3
+
+
 def test_kept_outputs_by_hand() -> None:
     """They are kept inside the operators, which fake tensors do not enter: a layer's leave its working set."""
     without, with_them = (
