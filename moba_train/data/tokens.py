@@ -22,10 +22,8 @@ from moba_train.data import inputs
 from moba_train.data.build import build
 from moba_train.data.documents import find_files
 from moba_train.data.split import NoDocument, Split
-from moba_train.data.store import FORMAT, MANIFEST, TokenStore
+from moba_train.data.store import FORMAT, MANIFEST
 from moba_train.data.tokenizer import Tokenizer, load_tokenizer
-
-__all__ = ["TokenStore", "prepare_store"]
 
 log = logging.getLogger(__name__)
 
