@@ -35,6 +35,8 @@ def test_rows_tell_the_whole_run(finished: Path) -> None:
     assert all({"train/trailing_loss", "train/gradient_norm", "perf/tokens_per_second"} <= row.keys() for row in steps)
     drawn = {"data/epoch", "data/padding", "data/epoch/train", "data/share/train", "perf/data_seconds"}
     assert all(drawn <= row.keys() for row in steps)
+    epochs = [row["data/epoch"] for row in steps]  # each stage begins with its own first row
+    assert epochs == pytest.approx([n * epochs[0] for n in (1, 2, 3, 4)] + [n * epochs[4] for n in (1, 2)])
     assert [row["perf/sparsity"] for row in steps] == [0.75] * 4 + [0.0] * 2
     points = [(row["eval/point"], row["step"]) for row in rows if "eval/point" in row]
     assert points == [("start", 0), ("moba", 4), ("full", 6)]
