@@ -37,8 +37,15 @@ def set_plan(model: PreTrainedModel, plan: Sequence[AttentionSpec], backend: str
     the backend is ``auto``, which logs what it takes.
 
     Raises:
-        ValueError: the plan's length is not the model's number of layers, or the backend is unknown.
+        ValueError: the model does not attend through ``moba``, the plan's length is not its number of layers, or the
+            backend is unknown.
     """
+    found = str(model.config._attn_implementation)
+    if not found.startswith(NAME):  # parallel.sequence adds to the name. With another the plan would change nothing
+        raise ValueError(
+            f"the model attends through {found!r}, which follows no plan: load it with attn_implementation={NAME!r}, "
+            f"or call model.set_attn_implementation({NAME!r}) first"
+        )
     layers = model.config.num_hidden_layers
     if len(plan) != layers:
         raise ValueError(f"plan has {len(plan)} entries for {layers} layers: give one AttentionSpec a layer")

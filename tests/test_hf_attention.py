@@ -216,6 +216,17 @@ def test_plans_that_do_not_fit_are_refused() -> None:
         hf_attention.set_plan(ours, [FULL] * 3, backend="fast")
 
 
+def test_a_plan_for_a_model_that_does_not_follow_it_is_refused():
+    """transformers' own attention would go on, dense, without a word."""
+    _, ours = pair()
+    ours.set_attn_implementation("sdpa")
+    message = r"attends through 'sdpa', which follows no plan: .* model\.set_attn_implementation\('moba'\) first"
+    with pytest.raises(ValueError, match=message):
+        hf_attention.set_plan(ours, [MOBA] * 3)
+    ours.set_attn_implementation("moba")
+    hf_attention.set_plan(ours, [MOBA] * 3)
+
+
 def test_a_dense_checkpoint_loads_and_saves_unchanged(tmp_path) -> None:
     theirs, _ = pair()
     theirs.save_pretrained(tmp_path / "dense")
