@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moba_train import resolved
@@ -41,8 +42,8 @@ def _job(composed: DictConfig) -> None:
     show(config, Console(width=max(Console().width, NARROWEST)))
 
 
-def show(config: Config, console: Console) -> Path:
-    """Print the tables; returns the picture."""
+def show(config: Config, console: Console) -> Path | None:
+    """Print the tables; returns the picture, None where the store is others' to write to."""
     schedule = build_schedule(config)
     for stage in schedule.stages:  # before minutes of tokenising
         settings, key = stage_mix(config, stage.index)
@@ -56,15 +57,19 @@ def show(config: Config, console: Console) -> Path:
         stage.name: print_stage(store, config, stage, schedule.tokens_per_step, console) for stage in schedule.stages
     }
     picture = stores / PICTURE
-    picture.write_bytes(data_picture(config.data.name, holdings(store), drawn))
-    _line(console, f"picture: {picture}")
+    try:
+        picture.write_bytes(data_picture(config.data.name, holdings(store), drawn))
+    except OSError as error:
+        _line(console, f"no picture: {escape(str(picture))} cannot be written ({error.strerror})")
+        return None
+    _line(console, f"picture: {escape(str(picture))}")
     return picture
 
 
 def print_store(store: TokenStore, split: str, console: Console) -> None:
     """Documents, tokens, what was dropped and the lengths of a split."""
     found = holdings(store)
-    _line(console, f"[bold]{split}[/]: {store.path}")
+    _line(console, f"[bold]{split}[/]: {escape(str(store.path))}")
     console.print(_holdings_table(found))
     dropped = _dropped_table(store)
     if dropped.rows:
@@ -94,7 +99,7 @@ def print_stage(
     table = Table()
     _columns(table, "source", "tokens drawn", "share", "epochs")
     for draw in draws:
-        table.add_row(draw.name, f"{draw.tokens:,.0f}", f"{draw.share:.1%}", f"{draw.epochs:.2f}")
+        table.add_row(escape(draw.name), f"{draw.tokens:,.0f}", f"{draw.share:.1%}", f"{draw.epochs:.2f}")
     console.print(table)
     return draws
 
@@ -104,8 +109,8 @@ def _holdings_table(found: list[Holding]) -> Table:
     long = [f"≥ {format_length(least)}" for least in LONG]
     _columns(table, "source", "documents", "tokens", "median", "longest", *long)
     for one in found:
-        shares = [f"{share:.1%}" for share in one.long_shares]
-        table.add_row(one.name, f"{one.documents:,}", f"{one.tokens:,}", f"{one.median:,}", f"{one.longest:,}", *shares)
+        counts = [f"{count:,}" for count in (one.documents, one.tokens, one.median, one.longest)]
+        table.add_row(escape(one.name), *counts, *(f"{share:.1%}" for share in one.long_shares))
     return table
 
 
@@ -116,7 +121,7 @@ def _dropped_table(store: TokenStore) -> Table:
     table = Table(title="left out", title_justify="left")
     _columns(table, "source", "records", *(DROPPED[reason] for reason in reasons))
     for source in sources if reasons else []:
-        table.add_row(source["name"], f"{source['records']:,}", *(f"{source[reason]:,}" for reason in reasons))
+        table.add_row(escape(source["name"]), f"{source['records']:,}", *(f"{source[reason]:,}" for reason in reasons))
     return table
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moba_train import durable, resolved
@@ -75,7 +76,7 @@ def show(config: Config, settings: PlanConfig, output: Path | None = None) -> No
         console.print(_switch_table(found, offered))
     if output is not None:
         durable.write(output, json.dumps(as_dict(found, offered, chosen), indent=2) + "\n")
-        _line(f"written: {output}")
+        _line(f"written: {escape(str(output))}")
 
 
 def _print_head(found: Estimate, config: Config) -> None:
@@ -84,8 +85,8 @@ def _print_head(found: Estimate, config: Config) -> None:
     where = f"{setup.nodes} nodes x {setup.gpus_per_node}" if setup.nodes > 1 else f"{found.world_size}"
     source = "measured" if machine.measured else "scaled from an H200's by data sheet"
     _line(
-        f"[bold]{config.model.name}[/]: {shape.parameters / 1e9:.2f} billion parameters on {where} {machine.gpu} of "
-        f"{machine.memory_gb:g} GB (rates {source}), a step of {config.train.tokens_per_step:,} tokens"
+        f"[bold]{escape(config.model.name)}[/]: {shape.parameters / 1e9:.2f} billion parameters on {where} "
+        f"{machine.gpu} of {machine.memory_gb:g} GB (rates {source}), a step of {config.train.tokens_per_step:,} tokens"
     )
     attention: dict[str, list[str]] = {}
     for each in found.stages:

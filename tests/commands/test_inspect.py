@@ -30,6 +30,17 @@ def test_tables_and_picture(tiny_config: Config) -> None:
     assert "left out" not in text
 
 
+def test_names_with_brackets_are_no_markup(tiny_config: Config, tmp_path: Path, monkeypatch) -> None:
+    tiny_config.data.store_dir = str(tmp_path / "[old]" / "[/]")
+    tiny_config.data.train[0].name = "[/web]$a_$"  # a $ is no formula in the picture
+    text = printed(tiny_config)
+    assert f"train: {tmp_path}/[old]/[/]/" in text and text.count("│ [/web]$a_$ │") == 3
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: Path("/proc/picture").touch())
+    console = Console(file=io.StringIO(), width=200)
+    assert show(tiny_config, console) is None, "others' store is shown too, without a picture"
+    assert "/inspect.png cannot be written (" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_mixes_of_stages(tiny_config: Config) -> None:
     folder = tiny_config.data.train[0].path
     tiny_config.data.train = [
