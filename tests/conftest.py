@@ -121,7 +121,7 @@ def _tiny_config(corpus: Path, folder: Path) -> Config:
     ]
     config.train.tokens_per_step = 512
     config.train.loss_tile_tokens = 100
-    config.position_loss.bin_size = 32
+    config.position_loss.bin_size, config.position_loss.log_every = 32, 3
     config.evaluate.rows = 2
     config.checkpoint.every_steps, config.checkpoint.keep = 2, 3
     config.wandb.mode = WandbMode.disabled

@@ -33,6 +33,9 @@ def test_rows_tell_the_whole_run(finished: Path) -> None:
     assert [row["tokens"] for row in steps] == [512 * n for n in range(1, 7)]
     assert [row["stage"] for row in steps] == ["moba"] * 4 + ["full"] * 2
     assert all({"train/trailing_loss", "train/gradient_norm", "perf/tokens_per_second"} <= row.keys() for row in steps)
+    assert all(row["perf/tokens_per_second"] > 0 for row in steps)
+    curves = {row["step"]: sum(key.startswith("train/position_loss/") for key in row) for row in steps}
+    assert curves == {1: 0, 2: 0, 3: 128 // 32, 4: 0, 5: 0, 6: 256 // 32}
     drawn = {"data/epoch", "data/padding", "data/epoch/train", "data/share/train", "perf/data_seconds"}
     assert all(drawn <= row.keys() for row in steps)
     epochs = [row["data/epoch"] for row in steps]  # each stage begins with its own first row
