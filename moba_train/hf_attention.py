@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import bidirectional_mask_function
 
 from moba_train.attention import backends
 from moba_train.attention.key_conv import KeyConvolution
@@ -22,6 +23,10 @@ NAME = "moba"
 
 # What other models pass along with their scores or masks and this attention does not compute.
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask")
+_NOT_CAUSAL = (
+    "{} lets tokens read later ones (an encoder, or a model with is_causal=False), and the moba attention is causal: "
+    "use a causal language model"
+)
 
 
 def register() -> None:
@@ -133,13 +138,14 @@ def attention_forward(
         output (batch, length, heads, head_dim), and None in the place of attention weights.
 
     Raises:
-        ValueError: no plan was set; a mask, dropout, cache or score change that this attention cannot honour; segment
-            bounds of another type or device, and, on a CPU, those that do not cover the tokens.
+        ValueError: no plan was set; a model that is not causal; a mask, dropout, cache or score change that this
+            attention cannot honour; segment bounds of another type or device, and, on a CPU, those that do not cover
+            the tokens.
     """
     spec = getattr(module, "attention_spec", None)
     if spec is None:
         raise ValueError("this model has no attention plan: call moba_train.hf_attention.set_plan(model, plan) first")
-    _refuse_unsupported(query, key, attention_mask, dropout, kwargs)
+    _refuse_unsupported(module, query, key, attention_mask, dropout, kwargs)
     query, key, value = _as_autocast_has_it(query, key, value)
     batch, heads, length, head_dim = query.shape
     if cu_seq_lens_q is None:
@@ -193,6 +199,7 @@ def refuse_masks(
     attention_mask: torch.Tensor | None = None,
     config: Any = None,
     local_size: int | None = None,
+    mask_function: Any = None,
     **kwargs: Any,
 ) -> None:
     """The mask function of this attention: there is none to build, and what would need one raises.
@@ -201,7 +208,11 @@ def refuse_masks(
 
     Args:
         local_size: tokens that a query of this layer may look back over, a window's or those of a chunk (Llama 4).
+        mask_function: says of a query and a key whether the one reads the other.
     """
+    # Unions add to what a causal query reads, such as an image's later tokens; intersections keep it causal.
+    if mask_function is bidirectional_mask_function or getattr(mask_function, "__name__", "") == "or_mask":
+        raise ValueError(_NOT_CAUSAL.format(config.model_type))
     if q_length != kv_length:
         raise ValueError(_cache_message(q_length, kv_length))
     if attention_mask is not None and not bool(attention_mask.all()):
@@ -227,8 +238,15 @@ def sliding_window(config: Any) -> int | None:
 
 
 def _refuse_unsupported(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, dropout: float, kwargs: dict[str, Any]
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    kwargs: dict[str, Any],
 ) -> None:
+    if not (getattr(module, "is_causal", True) and kwargs.get("is_causal") is not False):
+        raise ValueError(_NOT_CAUSAL.format(type(module).__name__))
     if mask is not None:
         raise ValueError(
             f"attention_mask of shape {tuple(mask.shape)} cannot be honoured by the moba attention: pass None"

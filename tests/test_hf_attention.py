@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, masking_utils
 
 from moba_train import hf_attention
 from moba_train.attention.spec import AttentionSpec
@@ -32,7 +32,8 @@ ARCHITECTURES = {
 def pair(kind: str = "llama", **changes: object):
     """The same random model with transformers' own eager attention and with ours."""
     hf_attention.register()
-    keywords = copy.deepcopy({**TINY_LLAMA, **ARCHITECTURES[kind], **changes})  # GLM's adds to its rope_parameters
+    own = ARCHITECTURES.get(kind, {})
+    keywords = copy.deepcopy({**TINY_LLAMA, **own, **changes})  # GLM's adds to its rope_parameters
     keywords.pop("model_type")
     models = []
     for implementation in ("eager", hf_attention.NAME):
@@ -197,6 +198,32 @@ def test_what_changes_scores_is_refused(name: str) -> None:
     hf_attention.set_plan(ours, [FULL] * 3)
     with pytest.raises(ValueError, match=rf"{name}=30\.0 is not part of the moba attention"):
         ours(torch.randint(300, (1, 20)), use_cache=False, **{name: 30.0})
+
+
+@pytest.mark.parametrize("name", ["llama is_causal", "gemma", "bert"])
+def test_models_that_read_later_tokens_are_refused(name: str) -> None:
+    """They ran, causally, to other results than their own."""
+    if name == "bert":
+        sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3, "intermediate_size": 16}
+        ours = AutoModel.from_config(AutoConfig.for_model("bert", vocab_size=300, **sizes), attn_implementation="moba")
+    elif name == "gemma":
+        _, ours = pair("gemma", pad_token_id=0, use_bidirectional_attention=True)
+    else:
+        _, ours = pair(is_causal=False)
+    hf_attention.set_plan(ours.eval(), [FULL] * 3)
+    with pytest.raises(ValueError, match=rf"(?i){name.split()[0]}.* lets tokens read later ones .* is causal: use a"):
+        ours(torch.randint(300, (1, 20)))
+
+
+def test_a_mask_that_adds_to_the_causal_one_is_refused() -> None:
+    causal, packed = masking_utils.causal_mask_function, masking_utils.packed_sequence_mask_function(torch.zeros(1, 9))
+    image = masking_utils.or_masks(causal, lambda batch, head, query, key: key < 3)
+    hf_attention.refuse_masks(1, 9, 9, config=AutoConfig.for_model("llama"), mask_function=causal)
+    hf_attention.refuse_masks(
+        1, 9, 9, config=AutoConfig.for_model("llama"), mask_function=masking_utils.and_masks(causal, packed)
+    )
+    with pytest.raises(ValueError, match="llama lets tokens read later ones"):
+        hf_attention.refuse_masks(1, 9, 9, config=AutoConfig.for_model("llama"), mask_function=image)
 
 
 def test_chunks_shorter_than_the_sequence_are_refused() -> None:
