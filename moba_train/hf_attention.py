@@ -22,7 +22,10 @@ from moba_train.attention.spec import AttentionSpec, check_bounds, check_inputs,
 NAME = "moba"
 
 # What other models pass along with their scores or masks and this attention does not compute.
-_UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask")
+_UNSUPPORTED = (
+    *("sliding_window", "softcap", "s_aux", "sinks", "position_bias", "head_mask"),
+    *("indices", "block_indices"),  # the keys that a model's own sparse attention has chosen
+)
 _NOT_CAUSAL = (
     "{} lets tokens read later ones (an encoder, or a model with is_causal=False), and the moba attention is causal: "
     "use a causal language model"
@@ -259,7 +262,8 @@ def _refuse_unsupported(
         )
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
-            raise ValueError(f"{name}={kwargs[name]!r} is not part of the moba attention: use a model without it")
+            shown = f"a tensor as {name}" if isinstance(kwargs[name], torch.Tensor) else f"{name}={kwargs[name]!r}"
+            raise ValueError(f"{shown} is not part of the moba attention: use a model without it")
 
 
 def _cache_message(q_length: int, kv_length: int) -> str:

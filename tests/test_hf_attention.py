@@ -192,12 +192,14 @@ def test_sliding_windows_and_dropout_are_refused() -> None:
         ours(torch.randint(300, (1, 20)), use_cache=False)
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias", "head_mask"])
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias", "head_mask", "sinks", "block_indices"])
 def test_what_changes_scores_is_refused(name: str) -> None:
     _, ours = pair()
     hf_attention.set_plan(ours, [FULL] * 3)
     with pytest.raises(ValueError, match=rf"{name}=30\.0 is not part of the moba attention"):
         ours(torch.randint(300, (1, 20)), use_cache=False, **{name: 30.0})
+    with pytest.raises(ValueError, match=rf"^a tensor as {name} is not part"):
+        ours(torch.randint(300, (1, 20)), use_cache=False, **{name: torch.ones(4, 4)})
 
 
 @pytest.mark.parametrize("name", ["llama is_causal", "gemma", "bert"])
