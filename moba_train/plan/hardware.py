@@ -79,8 +79,8 @@ H200 = Hardware(
     full_forward_tflops=530,
     full_backward_tflops=526,
     # Of the README's cases, the gate and the bytes of routed queries taken out.
-    moba_forward_tflops={128: 460, 512: 547, 4096: 629},
-    moba_backward_tflops={128: 485, 512: 373, 4096: 458},
+    moba_forward_tflops={128: 620, 512: 610, 4096: 735},
+    moba_backward_tflops={128: 485, 512: 403, 4096: 460},
     gate_tflops=260,
     hbm_gbs=3600,
     nvlink_gbs=360,

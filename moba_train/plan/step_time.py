@@ -15,7 +15,7 @@ from moba_train.plan.setup import HALF, Setup
 TFLOPS = 1e12
 
 # How much longer an operation takes forward and backward with heads of 64 numbers: the exponentials stay as many.
-HEAD_DIM_64 = {"full": (1.25, 1.27), "moba": (1.25, 1.2)}
+HEAD_DIM_64 = {"full": (1.25, 1.27), "moba": (1.27, 1.2)}
 
 # What the host needs to start the operators of a layer or of a tile of the loss, in eager mode: small models wait. All
 # wait between steps, when losses and the gradient's norm are read.
