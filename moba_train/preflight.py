@@ -209,6 +209,10 @@ def check_folder(config: Config, folder: Path) -> None:
             cannot be written.
     """
     try:
+        str(folder).encode()
+    except UnicodeEncodeError:  # the export's writer takes no other, and comes last
+        raise _unwritable(folder, "its name is not UTF-8") from None
+    try:
         checkpoints = checkpoint.list_checkpoints(folder / "checkpoints")
         begun = bool(checkpoints) or _holds_steps(folder / metrics_file.FILE)
         nearest = next(path for path in (folder, *folder.parents) if path.exists())

@@ -82,6 +82,12 @@ def test_a_file_in_the_way_of_what_a_run_writes(tiny_config: Config, tmp_path: P
         preflight.check_folder(tiny_config, tmp_path)
 
 
+def test_a_folder_that_an_export_cannot_be_written_to_is_refused(tiny_config: Config, tmp_path: Path) -> None:
+    """safetensors takes no such name, and told of it when all was trained."""
+    with pytest.raises(ValueError, match=r"cannot be written \(its name is not UTF-8\): set run\.dir to a folder that"):
+        preflight.check_folder(tiny_config, tmp_path / os.fsdecode(b"caf\xe9") / "run")
+
+
 def test_models_that_moba_does_not_compute(tiny_config: Config) -> None:
     tiny_config.model.architecture = {"model_type": "gpt2"}
     refuses(tiny_config, "model_type=gpt2 has no intermediate_size of its own; use a Llama-shaped decoder")
