@@ -13,6 +13,7 @@ from moba_train.config import (
     Config,
     Device,
     ModelConfig,
+    RopeConfig,
     SourceConfig,
     StageAttentionConfig,
     StageConfig,
@@ -94,7 +95,7 @@ def tiny_corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tiny_config(tiny_corpus: Path, tmp_path: Path) -> Config:
-    """Two stages, MoBA at 128 tokens and full at 256, six steps in all."""
+    """Two stages, MoBA at 128 tokens and full at 256 with another RoPE, six steps in all."""
     return _tiny_config(tiny_corpus, tmp_path)
 
 
@@ -117,7 +118,13 @@ def _tiny_config(corpus: Path, folder: Path) -> Config:
     config.data.store_dir = str(corpus / "store")
     config.schedule.stages = [
         StageConfig("moba", tokens=2048, context_length=128),
-        StageConfig("full", tokens=1024, context_length=256, attention=StageAttentionConfig(kind=AttentionKind.full)),
+        StageConfig(
+            "full",
+            tokens=1024,
+            context_length=256,
+            attention=StageAttentionConfig(kind=AttentionKind.full),
+            rope=RopeConfig(rope_theta=20000.0),
+        ),
     ]
     config.train.tokens_per_step = 512
     config.train.loss_tile_tokens = 100

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moba_train.config import Config
+from moba_train.data.loader import heldout_batches
+from moba_train.data.store import TokenStore
 from moba_train.data.tokens import prepare_store
 from moba_train.metrics_file import read_rows
 from tiny import checkpoint_tensors, run_forked, run_worker
@@ -33,7 +36,7 @@ def test_rows_tell_the_whole_run(finished: Path) -> None:
     assert [row["tokens"] for row in steps] == [512 * n for n in range(1, 7)]
     assert [row["stage"] for row in steps] == ["moba"] * 4 + ["full"] * 2
     assert all({"train/trailing_loss", "train/gradient_norm", "perf/tokens_per_second"} <= row.keys() for row in steps)
-    assert all(row["perf/tokens_per_second"] > 0 for row in steps)
+    assert all(row["perf/tokens_per_second"] > 0 and row["train/skipped_steps"] == 0 for row in steps)
     curves = {row["step"]: sum(key.startswith("train/position_loss/") for key in row) for row in steps}
     assert curves == {1: 0, 2: 0, 3: 128 // 32, 4: 0, 5: 0, 6: 256 // 32}
     drawn = {"data/epoch", "data/padding", "data/epoch/train", "data/share/train", "perf/data_seconds"}
@@ -123,6 +126,22 @@ def test_the_export_loads_without_this_package(finished: Path) -> None:
         assert torch.equal(tensor, state[f"model.{name}"])
     ids = tokenizer("the white whale", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
+
+
+def test_the_export_has_the_losses_that_the_run_read_last(finished: Path, tiny_config_module: Config) -> None:
+    """By plain transformers, whose logits are whole: attention, RoPE, rows, bins and export in one."""
+    model = AutoModelForCausalLM.from_pretrained(finished / "model")
+    assert model.config.rope_parameters["rope_theta"] == 20000.0
+    stores = prepare_store(tiny_config_module.data, str(tiny_config_module.model.tokenizer), progress=False)
+    ids = torch.cat([batch.input_ids for batch in heldout_batches(TokenStore.open(stores / "heldout"), 256, rows=2)])
+    with torch.no_grad():
+        losses = F.cross_entropy(model(ids).logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    row = list(read_rows(finished / "metrics.jsonl"))[-1]
+    assert row["eval/loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert row["eval/trailing_loss"] == pytest.approx(float(losses[:, -32:].mean()), rel=1e-5)
+    bins = [losses[:, max(0, start - 1) : start + 31].mean() for start in range(0, 256, 32)]  # by target: 1, 2, …
+    found = [row[f"eval/position_loss/{start:06d}"] for start in range(0, 256, 32)]
+    assert found == pytest.approx([float(each) for each in bins], rel=1e-5)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(finished: Path, tiny_config_module: Config, tmp_path: Path) -> None:

@@ -10,13 +10,16 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig
 
+from moba_train import train_step
 from moba_train.config import Config, RopeConfig, StageConfig
 from moba_train.cost import DecoderShape, step_cost
-from moba_train.data.loader import Batch
+from moba_train.data.loader import Batch, RowLoader
+from moba_train.data.store import TokenStore
+from moba_train.data.tokens import prepare_store
 from moba_train.loss import IGNORE
 from moba_train.runtime import Runtime
 from moba_train.schedule import build_schedule
-from moba_train.train_step import rope_at, step_totals
+from moba_train.train_step import enter, rope_at, step_totals
 from tiny import TINY_LLAMA
 
 
@@ -30,6 +33,41 @@ def test_each_stage_changes_the_rope_of_the_one_before(tiny_config: Config) -> N
     own, based = run.own_rope, {"rope_type": "default", "rope_theta": 5e4}
     scaled = {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}
     assert [rope_at(run, stage) for stage in schedule.stages] == [own, based, scaled, scaled]
+
+
+def test_a_stage_is_entered_whole(tiny_config: Config, monkeypatch) -> None:
+    """Rank 1 of 2 goes on in the last stage's second step."""
+    tiny_config.train.micro_batch_tokens = 256
+    schedule = build_schedule(tiny_config)
+    stores = prepare_store(tiny_config.data, str(tiny_config.model.tokenizer), progress=False)
+    done: dict[str, Any] = {}
+    monkeypatch.setattr(train_step.hf_attention, "set_plan", lambda model, *plan: done.update(plan=plan))
+    monkeypatch.setattr(train_step, "set_rope", lambda model, *rope: done.update(rope=rope))
+    monkeypatch.setattr(train_step, "set_accumulation", lambda engine, passes: done.update(passes=passes))
+    run: Any = SimpleNamespace(
+        config=tiny_config,
+        schedule=schedule,
+        runtime=Runtime(1, 2, 1, torch.device("cpu")),
+        model=SimpleNamespace(config=SimpleNamespace(num_hidden_layers=3)),
+        engine=None,
+        own_rope={"rope_type": "default", "rope_theta": 1e4},
+        store=TokenStore.open(stores / "train"),
+        throughput=SimpleNamespace(restart=lambda: done.update(restarted=True)),
+        step=5,
+    )
+    for stage, passes, rows in ((schedule.stages[1], 1, 2), (schedule.stages[0], 1, 20)):
+        enter(run, stage)
+        assert done["plan"] == (stage.plan(3), "auto")
+        assert done["rope"] == (rope_at(run, stage), 256)
+        assert done["passes"] == passes and done.pop("restarted")
+        assert run.stage is stage and run.loader.state_dict() == {"rows": rows}
+        assert run.bins.context_length == stage.context_length and run.bins.bin_size == 32
+        own_order = RowLoader(run.store, stage.context_length, 512 // stage.context_length, 1, 2, seed=stage.index)
+        own_order.load_state_dict({"rows": rows})
+        assert torch.equal(run.loader.next_step(1)[0].input_ids, own_order.next_step(1)[0].input_ids)
+    tiny_config.train.micro_batch_tokens = None
+    enter(run, schedule.stages[0])
+    assert done["passes"] == 2
 
 
 def step_of(config: Config, sequence_parallel_size: int = 1) -> Any:
