@@ -86,7 +86,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 def test_a_resumed_run_needs_its_store_and_not_its_documents(
     finished: Path, tiny_config_module: Config, tmp_path: Path
 ) -> None:
-    """Documents that are gone: it goes on from the store. Other documents since the save: refused, nothing touched."""
+    """Documents that are gone: it goes on from the store. Other documents, or other settings than those of a checkpoint
+    that was copied here: refused, nothing touched."""
     config = copy.deepcopy(tiny_config_module)
     config.data.store_dir = str(tmp_path / "store")
     prepare_store(config.data, str(config.model.tokenizer), progress=False)
@@ -112,6 +113,12 @@ def test_a_resumed_run_needs_its_store_and_not_its_documents(
         first.write_text(text)
     assert done.returncode != 0
     assert "is not the one this run was started on (its tokens differ): restore the documents" in done.stderr
+    assert (folder / "metrics.jsonl").read_bytes() == before[folder / "metrics.jsonl"]
+
+    config.attention.top_k = 3
+    done = run_forked(config, folder)
+    assert done.returncode != 0
+    assert "was saved by a run with other settings (attention.top_k: 2 -> 3)" in done.stderr
     assert (folder / "metrics.jsonl").read_bytes() == before[folder / "metrics.jsonl"]
 
 
