@@ -36,7 +36,7 @@ test-gpu: $(READY) ## the tests that need a GPU, and those that need two where t
 
 test-oldest: $(READY) ## the model tests against the oldest transformers that is allowed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .oldest transformers==5.17.0 'huggingface_hub<2'
-	PYTHONPATH=.oldest $(BIN)/python -m pytest tests/test_hf_attention.py tests/test_rope.py tests/test_recompute.py tests/test_train.py
+	PYTHONPATH=.oldest $(BIN)/python -m pytest tests/test_hf_attention.py tests/test_rope.py tests/test_recompute.py tests/test_train.py tests/test_export.py
 
 check: $(READY) ## linter, formatter and types
 	$(BIN)/ruff check .

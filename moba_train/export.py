@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from moba_train import key_conv_folder
 from moba_train.data.tokenizer import load_tokenizer
@@ -48,6 +49,16 @@ def export(model: PreTrainedModel, tokenizer: str, folder: Path, runtime: Runtim
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:
+    # As they came: transformers 5.17 writes no settings that contradict themselves, as some published models' do.
+    generation, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        _save_weights(model, folder)
+    finally:
+        model.generation_config = generation
+    generation.to_json_file(folder / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
+
+
+def _save_weights(model: PreTrainedModel, folder: Path) -> None:
     if not getattr(model.config, "key_conv", 0):
         model.save_pretrained(folder)
         return

@@ -1,7 +1,8 @@
-"""The exported folder's tokenizer is the source's own, and knows the context length that the model has learnt."""
+"""The exported folder's tokenizer and generation settings are the source's own; the first knows the learnt context."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -43,3 +44,18 @@ def test_the_source_folders_tokenizer_is_exported(tmp_path: Path, monkeypatch) -
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_generation_settings_that_contradict_themselves_are_exported(tmp_path: Path, monkeypatch) -> None:
+    """Some published models have such; transformers 5.17 refused to write them, when all was trained."""
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    train_tokenizer(["the white whale"], 298).save(tmp_path / "base")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY_LLAMA))
+    model.save_pretrained(tmp_path / "base")
+    settings = {"do_sample": False, "temperature": 0.6, "eos_token_id": 7}
+    (tmp_path / "base/generation_config.json").write_text(json.dumps(settings))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    export(loaded, str(tmp_path / "base"), tmp_path / "model", Runtime(0, 1, 0, torch.device("cpu")))
+    exported = json.loads((tmp_path / "model/generation_config.json").read_text())
+    assert {key: exported[key] for key in settings} == settings
+    assert loaded.generation_config.temperature == 0.6
