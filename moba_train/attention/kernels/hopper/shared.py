@@ -1,4 +1,8 @@
-"""What the Hopper kernels share: a block's keys and values as the copy engine brings them, and a tile's entries."""
+"""What the Hopper kernels share: a block's keys and values as the copy engine brings them, and a tile's entries.
+
+``number * 0``, here and in its neighbours, is a zero that loops carry and functions take as a number: the literal is a
+constant of the compilation.
+"""
 
 from functools import cache
 
