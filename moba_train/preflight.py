@@ -42,6 +42,7 @@ def check_model(config: Config, schedule: Schedule) -> None:
     model = model_configuration(config.model)
     DecoderShape.from_config(model)  # the sizes that the checks below and the cost of every step are made of
     _check_layer_types(config, model)
+    _check_direction(config, model)
     _check_backend(config.attention.backend, device, schedule, model)
     refuse_changed_logits(model)
     _check_key_conv(config, model)
@@ -79,6 +80,16 @@ def _check_layer_types(config: Config, model: PretrainedConfig) -> None:
             f"carry their state from one packed document into the next: use a Llama, Mistral or Qwen model whose "
             f"layers are all attention"
         )
+
+
+def _check_direction(config: Config, model: PretrainedConfig) -> None:
+    """Tokens read earlier ones alone; the attention refuses the rest too, but at the first pass."""
+    for name, causal in (("is_causal", True), ("use_bidirectional_attention", False)):
+        if bool(value := getattr(model, name, causal)) is not causal and value is not None:
+            raise ValueError(
+                f"{config.model.name} has {name}={value}: its tokens read later ones, and the moba attention is "
+                f"causal; use a causal language model"
+            )
 
 
 def _check_heads(config: Config, model: PretrainedConfig) -> None:

@@ -88,6 +88,15 @@ def test_a_folder_that_an_export_cannot_be_written_to_is_refused(tiny_config: Co
         preflight.check_folder(tiny_config, tmp_path / os.fsdecode(b"caf\xe9") / "run")
 
 
+def test_a_model_whose_tokens_read_later_ones_is_refused_by_its_folder(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = preflight.model_configuration(tiny_config.model)
+    model.is_causal = False
+    monkeypatch.setattr(preflight, "model_configuration", lambda _: model)
+    refuses(tiny_config, "has is_causal=False: its tokens read later ones, and the moba attention is causal")
+
+
 def test_models_that_moba_does_not_compute(tiny_config: Config) -> None:
     tiny_config.model.architecture = {"model_type": "gpt2"}
     refuses(tiny_config, "model_type=gpt2 has no intermediate_size of its own; use a Llama-shaped decoder")
@@ -106,6 +115,10 @@ def test_models_that_moba_does_not_compute(tiny_config: Config) -> None:
     refuses(tiny_config, "sliding_window=4096.*set sliding_window to null")
     tiny_config.model.architecture["sliding_window"] = None
     check_model(tiny_config)
+    tiny_config.model.architecture = {"model_type": "gemma", "vocab_size": 300, "use_bidirectional_attention": True}
+    refuses(
+        tiny_config, "has use_bidirectional_attention=True: its tokens read later ones.*use a causal language model"
+    )
     tiny_config.model.architecture = {"model_type": "cohere", "vocab_size": 300}
     refuses(tiny_config, "logit_scale=.*use a Llama, Mistral or Qwen model")
     tiny_config.model.architecture = {"model_type": "llama", "vocab_size": 300, "num_hidden_layers": 0}
