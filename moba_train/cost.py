@@ -62,7 +62,7 @@ def _own(config: Any, name: str) -> Any:
     """A size of all layers; None where the configuration names none."""
     try:
         return getattr(config, name, None)
-    except (RuntimeError, NotImplementedError):  # transformers' ways to say so
+    except RuntimeError:  # transformers' way to say so
         raise ValueError(
             f"model_type={config.model_type}: its layers have no {name} in common; use a Llama-shaped decoder"
         ) from None

@@ -248,7 +248,7 @@ def _refuse_unsupported(
     dropout: float,
     kwargs: dict[str, Any],
 ) -> None:
-    if not (getattr(module, "is_causal", True) and kwargs.get("is_causal") is not False):
+    if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
         raise ValueError(_NOT_CAUSAL.format(type(module).__name__))
     if mask is not None:
         raise ValueError(

@@ -84,12 +84,13 @@ def _check_layer_types(config: Config, model: PretrainedConfig) -> None:
 
 def _check_direction(config: Config, model: PretrainedConfig) -> None:
     """Tokens read earlier ones alone; the attention refuses the rest too, but at the first pass."""
-    for name, causal in (("is_causal", True), ("use_bidirectional_attention", False)):
-        if bool(value := getattr(model, name, causal)) is not causal and value is not None:
-            raise ValueError(
-                f"{config.model.name} has {name}={value}: its tokens read later ones, and the moba attention is "
-                f"causal; use a causal language model"
-            )
+    both_ways = getattr(model, "use_bidirectional_attention", None)
+    if getattr(model, "is_causal", None) is False or both_ways:
+        setting = f"use_bidirectional_attention={both_ways}" if both_ways else "is_causal=False"
+        raise ValueError(
+            f"{config.model.name} has {setting}: its tokens read later ones, and the moba attention is causal; use a "
+            f"causal language model"
+        )
 
 
 def _check_heads(config: Config, model: PretrainedConfig) -> None:

@@ -17,7 +17,7 @@ _POLL_SECONDS = 0.05
 _KILL_SECONDS = 5.0  # from SIGHUP to SIGKILL, once one has failed
 _SAVED_SECONDS = 120.0  # for the others to end, once one has saved and ended because of a signal
 SSH_FAILED = 255  # ssh's own exit code, where it could not connect or lost the connection
-FORWARDED = (signal.SIGTERM, signal.SIGINT, *interruption.SIGNALS[1:])
+FORWARDED = (signal.SIGINT, *interruption.SIGNALS)
 INTERRUPTED = tuple(128 + number for number in interruption.SIGNALS)  # the exit codes of a rank that saved on a signal
 
 

@@ -15,19 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from moba_train.attention.blocks import Blocks
-from moba_train.attention.kernels.rows import NUMBERS
+from moba_train.attention.kernels.rows import NUMBERS, load_keys
 
 LONG_BLOCK = 1024  # tokens
 SHORT_TILE = (32, 2)  # tokens, warps
 LONG_TILE = (64, 4)
-
-
-@triton.jit
-def _load_keys(p_key, n_token, n_stop, i_kv, K, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr):
-    """(BLOCK_T, BLOCK_D), zero from token n_stop on."""
-    o_token, o_d = n_token + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
-    p_keys = p_key + (o_token.to(tl.int64) * K + i_kv)[:, None] * D + o_d[None, :]
-    return tl.load(p_keys, mask=(o_token < n_stop)[:, None] & (o_d < D)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -48,9 +40,10 @@ def _pool_kernel(
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     b_sum = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
-    b_keys = _load_keys(p_key, n_start, n_stop, i_kv, K, D, BLOCK_D, BLOCK_T)
+    o_token = tl.arange(0, BLOCK_T)
+    b_keys = load_keys(p_key, n_start + o_token, n_stop, i_kv, K, D, BLOCK_D, True)
     for n_token in range(n_start, n_stop, BLOCK_T):
-        b_next = _load_keys(p_key, n_token + BLOCK_T, n_stop, i_kv, K, D, BLOCK_D, BLOCK_T)
+        b_next = load_keys(p_key, n_token + BLOCK_T + o_token, n_stop, i_kv, K, D, BLOCK_D, True)
         b_sum += b_keys.to(tl.float32)
         b_keys = b_next
     # An unused block has no keys; its mean is 0, and no query may choose it.

@@ -171,6 +171,14 @@ def _weigh(b_scores, b_max, scale, TYPE: gl.constexpr, LEFT: gl.constexpr, SUMS:
 
 
 @gluon.jit
+def _begin(b_scores, scale, TYPE: gl.constexpr, LEFT: gl.constexpr, SUMS: gl.constexpr):
+    """Of a tile's first keys: the rows' largest logits, and weights and sums as in ``_weigh``."""
+    b_max = gl.max(b_scores, 1) * scale
+    b_left, b_sum = _weigh(b_scores, b_max, scale, TYPE, LEFT, SUMS)
+    return b_max, b_left, b_sum
+
+
+@gluon.jit
 def _store_lse(p_again, p_partial_lse, s_place, b_max, b_sum, RUNNING: gl.constexpr):
     """Log-sum-exps of a tile's rows; infinity, and a mark, where a sum is out of range."""
     o_place = s_place.load(b_sum.type.layout)
@@ -209,16 +217,14 @@ def _attend(
         b_scores = warpgroup_mma_wait(0, deps=[b_scores])
         mbarrier.arrive(free.index(0), count=1)
         if EARLY:
-            b_max = gl.max(b_scores, 1) * scale
-            b_left, b_sum = _weigh(b_scores, b_max, scale, TYPE, LEFT, SUMS)
+            b_max, b_left, b_sum = _begin(b_scores, scale, TYPE, LEFT, SUMS)
         i_item, i_turn = n_tiles * 0 + 1, n_tiles * 0
         for i_tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
             i_rows = i_turn % 2 * WIDTH + I_OWN
             s_rows = s_query.index(i_rows)
             b_out = gl.zeros([HALF, D], gl.float32, OUT)
             if not EARLY:
-                b_max = gl.max(b_scores, 1) * scale
-                b_left, b_sum = _weigh(b_scores, b_max, scale, TYPE, LEFT, SUMS)
+                b_max, b_left, b_sum = _begin(b_scores, scale, TYPE, LEFT, SUMS)
             for _ in range(BLOCK_N, B, BLOCK_N):
                 i_value = i_item + 1
                 mbarrier.wait(turn.index(I_OWN), (i_item // 2 & 1) ^ (I_OWN == 0))
@@ -257,8 +263,7 @@ def _attend(
             b_whole = gl.convert_layout(gl.sum(b_sum, 1), gl.SliceLayout(1, SCORES))
             b_before = b_max
             if EARLY:
-                b_max = gl.max(b_scores, 1) * scale
-                b_left, b_sum = _weigh(b_scores, b_max, scale, TYPE, LEFT, SUMS)
+                b_max, b_left, b_sum = _begin(b_scores, scale, TYPE, LEFT, SUMS)
             b_out = warpgroup_mma_wait(0, deps=[b_out])
             mbarrier.arrive(free.index(i_value % STAGES), count=1)
             _store_lse(p_again, p_partial_lse, s_place.index(i_rows), b_before, b_whole, RUNNING)
