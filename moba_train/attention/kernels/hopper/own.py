@@ -5,7 +5,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moba_train.attention.kernels.hopper.shared import HALF, bring, described, swizzled
+from moba_train.attention.kernels.hopper.shared import HALF, bring, described, row_starts, swizzled
 from moba_train.attention.kernels.plan import Sizes
 
 TILE_ROWS: gl.constexpr = gl.constexpr(128)  # of a tile: two warpgroups of HALF rows
@@ -31,6 +31,26 @@ def described_rows(tensor: torch.Tensor, sizes: Sizes) -> TensorDescriptor:
     tile = (HALF.value // sizes.group, sizes.group, sizes.head_dim)
     layout = swizzled(tile, tensor.dtype)
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(tile), layout)
+
+
+@gluon.jit
+def row_numbers(p_lse, p_delta, p_bounds, p_first, p_of_token, o_row, i_kv, T, G: gl.constexpr):
+    """Of rows: where the block begins, how many earlier ones its segment has, log-sum-exp and delta."""
+    b_own = gl.load(p_of_token + o_row // G)
+    b_begin = gl.load(p_bounds + b_own)
+    b_earlier = b_own - gl.load(p_first + b_own)
+    b_lse = gl.load(p_lse + i_kv.to(gl.int64) * T * G + o_row)
+    b_delta = gl.load(p_delta + i_kv.to(gl.int64) * T * G + o_row)
+    return b_begin, b_earlier, b_lse, b_delta
+
+
+@gluon.jit
+def whole_rows(p_rows, n_own, n_stop, i_kv, K, G: gl.constexpr, D: gl.constexpr, WIDE: gl.constexpr):
+    """Places of HALF rows of kv head i_kv in a (T, H, D) tensor, and which rows are before row n_stop."""
+    o_row = n_own + gl.arange(0, HALF, gl.SliceLayout(1, WIDE))
+    o_start = row_starts(o_row, i_kv, K, G, D)
+    o_d = gl.arange(0, D, gl.SliceLayout(0, WIDE))
+    return p_rows + (o_start[:, None] + o_d[None, :]), (o_row < n_stop)[:, None]
 
 
 @gluon.jit

@@ -31,6 +31,7 @@ from moba_train.attention.kernels.hopper.shared import (
     copy_tile,
     described,
     programs,
+    row_starts,
 )
 from moba_train.attention.kernels.plan import Config, Sizes
 from moba_train.attention.kernels.rows import NUMBERS
@@ -139,7 +140,7 @@ def _attend(
         # The queries are read no more: their place serves to store whole rows.
         s_rows.store(b_out.to(TYPE))
         o_row = n_own + gl.arange(0, HALF, gl.SliceLayout(1, WIDE))
-        o_start = ((o_row // G).to(gl.int64) * K * G + i_kv * G + o_row % G) * D
+        o_start = row_starts(o_row, i_kv, K, G, D)
         o_d = gl.arange(0, D, gl.SliceLayout(0, WIDE))
         b_store = s_rows.load(WIDE)
         fence_async_shared()

@@ -26,7 +26,9 @@ from moba_train.attention.kernels.hopper.own import (
     described_rows,
     last_token,
     number,
+    row_numbers,
     row_tile,
+    whole_rows,
 )
 from moba_train.attention.kernels.hopper.shared import (
     HALF,
@@ -57,11 +59,9 @@ def _bring_rows(
         i_part_kv, n_row = row_tile(i_tile, n_tiles, n_row_tiles, i_row_start)
         i_kv = i_kv_start + i_part_kv
         o_row = gl.minimum(n_row + o_vector, T * G - 1)
-        b_own = gl.load(p_of_token + o_row // G)
-        b_begin = gl.load(p_bounds + b_own)
-        b_earlier = b_own - gl.load(p_first + b_own)
-        b_lse = gl.load(p_lse + i_kv.to(gl.int64) * T * G + o_row)
-        b_delta = gl.load(p_delta + i_kv.to(gl.int64) * T * G + o_row)
+        b_begin, b_earlier, b_lse, b_delta = row_numbers(
+            p_lse, p_delta, p_bounds, p_first, p_of_token, o_row, i_kv, T, G
+        )
         mbarrier.wait(rows_free.index(0), i_phase ^ 1)
         mbarrier.expect(rows_full.index(0), 4 * d_query.block_type.nbytes)
         for i_half in gl.static_range(2):
@@ -150,11 +150,8 @@ def _sum_query(
             i_item += 1
 
         s_store.index(I_HALF).store(b_d_query.to(TYPE))
-        o_row = n_own + gl.arange(0, HALF, gl.SliceLayout(1, WIDE))
-        o_start = ((o_row // G).to(gl.int64) * K * G + (i_kv_start + i_part_kv) * G + o_row % G) * D
-        o_d = gl.arange(0, D, gl.SliceLayout(0, WIDE))
-        m_row = o_row < i_row_start + n_rows
-        gl.store(p_d_query + (o_start[:, None] + o_d[None, :]), s_store.index(I_HALF).load(WIDE), mask=m_row[:, None])
+        p_rows, m_rows = whole_rows(p_d_query, n_own, i_row_start + n_rows, i_kv_start + i_part_kv, K, G, D, WIDE)
+        gl.store(p_rows, s_store.index(I_HALF).load(WIDE), mask=m_rows)
         i_phase ^= 1
 
 

@@ -14,7 +14,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from moba_train.attention.kernels.hopper.own import TILE_ROWS, bring_tiles, last_token, number, row_tile
+from moba_train.attention.kernels.hopper.own import (
+    TILE_ROWS,
+    bring_tiles,
+    last_token,
+    number,
+    row_numbers,
+    row_tile,
+    whole_rows,
+)
 from moba_train.attention.kernels.hopper.shared import HALF, barriers, copy_tile, mask_scores
 from moba_train.attention.kernels.plan import Config
 from moba_train.attention.kernels.rows import NUMBERS
@@ -36,11 +44,9 @@ def _bring_rows(
         i_part_kv, n_row = row_tile(i_tile, n_tiles, n_row_tiles, i_row_start)
         i_kv = i_kv_start + i_part_kv
         o_row = gl.minimum(n_row + o_vector, T * G - 1)
-        b_own = gl.load(p_of_token + o_row // G)
-        b_begin = gl.load(p_bounds + b_own)
-        b_earlier = b_own - gl.load(p_first + b_own)
-        b_lse = gl.load(p_lse + i_kv.to(gl.int64) * T * G + o_row)
-        b_delta = gl.load(p_delta + i_kv.to(gl.int64) * T * G + o_row)
+        b_begin, b_earlier, b_lse, b_delta = row_numbers(
+            p_lse, p_delta, p_bounds, p_first, p_of_token, o_row, i_kv, T, G
+        )
         i_buffer = i_turn % 2
         mbarrier.wait(rows_free.index(i_buffer), (i_turn // 2 & 1) ^ 1)
         mbarrier.expect(rows_full.index(i_buffer), 2 * d_query.block_type.nbytes)
@@ -171,11 +177,8 @@ def _sum_query(
                 i_item += 1
         # The queries are read no more: their place serves to store whole rows.
         s_rows.store(b_d_query.to(TYPE))
-        o_row = n_own + gl.arange(0, HALF, gl.SliceLayout(1, WIDE))
-        o_start = ((o_row // G).to(gl.int64) * K * G + (i_kv_start + i_part_kv) * G + o_row % G) * D
-        o_d = gl.arange(0, D, gl.SliceLayout(0, WIDE))
-        m_row = o_row < i_row_start + n_rows
-        gl.store(p_d_query + (o_start[:, None] + o_d[None, :]), s_rows.load(WIDE), mask=m_row[:, None])
+        p_rows, m_rows = whole_rows(p_d_query, n_own, i_row_start + n_rows, i_kv_start + i_part_kv, K, G, D, WIDE)
+        gl.store(p_rows, s_rows.load(WIDE), mask=m_rows)
         fence_async_shared()
         mbarrier.arrive(rows_free.index(i_turn % 2), count=1)
         i_turn += 1
